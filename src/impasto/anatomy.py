@@ -1,0 +1,291 @@
+"""Where the layers of a loaded model are and how it calls them, found by structure and by listening once.
+
+No model family is named here. The list of blocks is the `ModuleList` as long as the config says; one tiny forward
+pass then tells what each layer returns, whether anything happens between layers, which of them use a KV cache, and
+whether the model keeps state that a schedule of layers cannot express.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from impasto.errors import UnsupportedModel
+from impasto.slots import SlotView
+from impasto.taps import Context, hidden_of, real_call, tapped
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One weight matrix inside a block, by the name the model itself gives it there."""
+
+    name: str  # e.g. "mlp.down_proj"
+    shape: tuple[int, ...]  # as stored; 3 numbers for stacked experts
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """What impasto knows of one loaded model's layers.
+
+    Attributes:
+        path: name of the list of blocks inside the model, e.g. "model.layers".
+        layers: the blocks themselves, in the model's own order.
+        returns: per layer, 0 where it returns the hidden state alone, else the length of the tuple it returns.
+        cached: the model takes a KV cache.
+        stateful: layers keep more than keys and values (a convolution's past, say) in the cache.
+        arguments: names of the parameters of the model's `forward`.
+    """
+
+    path: str
+    layers: tuple[nn.Module, ...]
+    returns: tuple[int, ...]
+    cached: bool
+    stateful: bool
+    arguments: frozenset[str]
+
+    @property
+    def depth(self) -> int:
+        """How many layers the model has."""
+        return len(self.layers)
+
+    def owner(self, model: nn.Module) -> nn.Module:
+        """The module whose forward walks the list of layers."""
+        return model.get_submodule(self.path.rpartition(".")[0])
+
+    def wrap(self, layer: int, hidden: Tensor) -> Any:
+        """A hidden state in the form in which the model expects layer `layer` to return it."""
+        length = self.returns[layer]
+        return (hidden, *[None] * (length - 1)) if length else hidden
+
+    def matrices(self, layer: int) -> tuple[Matrix, ...]:
+        """The weight matrices of one layer, largest structures as the model stores them (experts stacked)."""
+        return tuple(
+            Matrix(name.removesuffix(".weight"), tuple(p.shape))
+            for name, p in self.layers[layer].named_parameters()
+            if p.dim() >= 2
+        )
+
+    def parameters(self, layer: int) -> int:
+        """How many parameters one layer has."""
+        return sum(p.numel() for p in self.layers[layer].parameters())
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The anatomy of a loaded model; found once per model by one forward pass over a few tokens.
+
+    Raises:
+        UnsupportedModel: a schedule of layers cannot express what this model does; says what was found.
+    """
+    known = _KNOWN.get(model)
+    if known is None or any(
+        a is not b for a, b in zip(known.layers, _modules(model, known.path), strict=False)
+    ):
+        known = _examine(model)
+        _KNOWN[model] = known
+    return known
+
+
+def _modules(model: nn.Module, path: str) -> list[nn.Module]:
+    return list(model.get_submodule(path).children())
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of the model's config that describes its text stack."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UnsupportedModel(f"{type(model).__name__} has no config: impasto schedules Hugging Face models")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+@contextlib.contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, every module's own mode put back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def probe_inputs(model: nn.Module, length: int = 5) -> dict[str, Tensor]:
+    """A tiny valid input: `length` token ids, or one grey ramp of an image.
+
+    Raises:
+        UnsupportedModel: the model takes neither token ids nor pixels.
+    """
+    name = getattr(model, "main_input_name", "input_ids")
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    config = text_config(model)
+    if name == "input_ids":
+        ids = 3 + torch.arange(length, device=device) * 7
+        return {"input_ids": (ids % config.vocab_size)[None]}
+    if name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.linspace(-1, 1, config.num_channels * height * width, device=device)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        return {name: pixels.reshape(1, config.num_channels, height, width).to(dtype)}
+    raise UnsupportedModel(
+        f"{type(model).__name__} takes {name!r}; impasto can probe token ids and pixels only"
+    )
+
+
+class _Spy(SlotView):
+    """A cache that notes which of its methods a layer used."""
+
+    def __init__(self, cache: Cache, slot: int, used: set[str]) -> None:
+        super().__init__(cache, slot)
+        self.__dict__["_used"] = used
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("update"):
+            object.__getattribute__(self, "__dict__")["_used"].add(name)
+        return super().__getattribute__(name)
+
+
+def _examine(model: nn.Module) -> Anatomy:
+    config = text_config(model)
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{kind} has two stacks of layers (an encoder and a decoder); a schedule describes one"
+        )
+    depth = getattr(config, "num_hidden_layers", None)
+    if not depth:
+        raise UnsupportedModel(
+            f"the config of {kind} does not say how many layers there are (num_hidden_layers)"
+        )
+    lists = {
+        name: tuple(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and any(True for _ in module.parameters())
+    }
+    if not lists:
+        raise UnsupportedModel(
+            f"{kind} has no list of {depth} layers: its blocks may be shared between depths or held in another form"
+        )
+    modules = [module for members in lists.values() for module in members]
+    if len(set(map(id, modules))) != len(modules):
+        raise UnsupportedModel(
+            f"{kind} uses one and the same block at several depths; such layers have no number"
+        )
+    heard = _Listener(modules)
+    arguments = frozenset(inspect.signature(model.forward).parameters)
+    if "cache_params" in arguments:
+        raise UnsupportedModel(
+            f"{kind} carries a recurrent state from token to token; slots for it do not exist"
+        )
+    options: dict[str, Any] = {}
+    cached = "past_key_values" in arguments
+    if cached and "use_cache" in arguments:
+        options["use_cache"] = True
+    with quietly(model), tapped(modules, heard):
+        model(**probe_inputs(model), **options)
+    starts = {name: heard.position(members[0]) for name, members in lists.items()}
+    called = [name for name in lists if any(heard.position(m) in heard.order for m in lists[name])]
+    if len(called) != 1:
+        raise UnsupportedModel(
+            f"{kind} calls {len(called)} lists of {depth} layers in one forward pass"
+            + (f" ({', '.join(called)})" if called else "")
+            + "; a schedule describes exactly one"
+        )
+    path, first = called[0], starts[called[0]]
+    layers = lists[path]
+    if heard.order != list(range(first, first + depth)):
+        raise UnsupportedModel(
+            f"{kind} does not call each of its {depth} layers once and in order (called: "
+            f"{[i - first for i in heard.order]})"
+        )
+    heard.check_chain(kind, first)
+    stateful = heard.check_state(kind, first, depth)
+    return Anatomy(
+        path=path,
+        layers=layers,
+        returns=tuple(heard.returns[first + i] for i in range(depth)),
+        cached=cached and heard.cache is not None,
+        stateful=stateful,
+        arguments=arguments,
+    )
+
+
+class _Listener:
+    """Calls every layer as the model asks, and remembers what it saw."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.order: list[int] = []
+        self.returns: dict[int, int] = {}
+        self.used: dict[int, set[str]] = {}
+        self.cache: Cache | None = None
+        self.ends: list[tuple[Tensor, Tensor]] = []  # (in, out) of each call
+
+    def position(self, module: nn.Module) -> int:
+        return next(i for i, m in enumerate(self.modules) if m is module)
+
+    def __call__(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden, context = Context.split(args, kwargs)
+        used = self.used.setdefault(index, set())
+
+        def spy(value: Any) -> Any:
+            if isinstance(value, Cache):
+                self.cache = value
+                return _Spy(value, len(self.order), used)
+            return value
+
+        args, kwargs = context.map(spy).join(hidden)
+        output = real_call(self.modules[index], args, kwargs)
+        self.order.append(index)
+        self.returns[index] = len(output) if isinstance(output, tuple | list) else 0
+        self.ends.append((hidden, hidden_of(output)))
+        return output
+
+    def check_chain(self, kind: str, first: int) -> None:
+        """Each layer must read exactly what the layer before it wrote."""
+        for i, ((_, out), (into, _)) in enumerate(zip(self.ends, self.ends[1:], strict=False)):
+            if into is not out and not (into.shape == out.shape and torch.equal(into, out.to(into.device))):
+                raise UnsupportedModel(
+                    f"{kind} changes the hidden state between layers {i} and {i + 1}, outside of any layer; "
+                    "a schedule would lose that change"
+                )
+        if any(into.shape != out.shape for into, out in self.ends):
+            raise UnsupportedModel(f"{kind} changes the shape of the hidden state inside a layer")
+
+    def check_state(self, kind: str, first: int, depth: int) -> bool:
+        """Refuse what slots cannot express; returns whether layers keep more than keys and values."""
+        if self.cache is None:
+            return False
+        used = [self.used[first + i] for i in range(depth)]
+        if any(used) and not all(used):
+            silent = [i for i, names in enumerate(used) if not names]
+            raise UnsupportedModel(
+                f"{kind} shares keys and values between layers: layers {silent} write none of their own, "
+                "so they cannot run apart from the layers they read"
+            )
+        recurrent = [i for i, names in enumerate(used) if any("recurrent" in n or "ssm" in n for n in names)]
+        if recurrent:
+            raise UnsupportedModel(
+                f"{kind} carries a recurrent state from token to token in layers {recurrent}; a slot per call is "
+                "defined for keys and values only"
+            )
+        return any(names - {"update"} for names in used)

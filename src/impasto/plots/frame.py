@@ -1,0 +1,401 @@
+"""Pieces that several drawings share: the canvas, panels side by side, axes, lines with intervals, reference lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from impasto.plots.theme import LIGHT, looks
+from impasto.result import Row
+
+Chart = Any  # any of altair's chart types: single, layered, concatenated
+Rows = Sequence[Row]
+Rule = Mapping[str, Any]
+"""A reference line: `value`, optional `name` written above it, optional `panel` that it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """The room for one figure: its width in CSS pixels and whether panels may stand side by side."""
+
+    width: int
+    wide: bool
+
+
+WIDE = Canvas(820, wide=True)
+NARROW = Canvas(360, wide=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The place of one panel in a figure: its name, plot size in pixels, and which edges of the grid it touches."""
+
+    name: str | None
+    width: int
+    height: int
+    first: bool  # the first panel of all
+    left: bool  # in the first column
+    bottom: bool  # nothing below it
+
+
+def names(rows: Rows, field: str, order: Sequence[str] | None = None) -> list[str]:
+    """The distinct texts in a field: first those of `order` (all of them), then others as they first appear."""
+    seen = dict.fromkeys(order or ())
+    seen.update(dict.fromkeys(row[field] for row in rows if row.get(field) is not None))
+    return list(seen)
+
+
+def panels(
+    rows: Rows,
+    canvas: Canvas,
+    build: Callable[[Cell, Rows], Chart],
+    *,
+    height: int,
+    order: Sequence[str] | None = None,
+    columns: int | None = None,
+    margin: int = 56,
+    gap: int = 26,
+    aspect: float | None = None,
+) -> Chart:
+    """One chart per value of the field `panel`, in a grid that fills the canvas.
+
+    Args:
+        rows: rows of the whole figure; without a `panel` there is one panel without a name.
+        canvas: the room.
+        build: draws one panel from its cell and its rows.
+        height: plot height of a panel in pixels.
+        order: names of panels in the order wanted; those without rows are left out.
+        columns: panels in a row; by default as many as read well on the canvas.
+        margin: pixels left of the grid for the axis of the first column.
+        gap: pixels between columns.
+        aspect: when given, the plot height is at most the plot width divided by this.
+    """
+    present = [name for name in names(rows, "panel", order) if any(row.get("panel") == name for row in rows)]
+    if not present:
+        cell = _cell(None, 0, 1, 1, canvas, height, margin, gap, aspect)
+        return alt.concat(build(cell, rows))
+    across = columns or (_columns(len(present)) if canvas.wide else 1)
+    across = min(across, len(present))
+    charts = []
+    for place, name in enumerate(present):
+        cell = _cell(name, place, len(present), across, canvas, height, margin, gap, aspect)
+        charts.append(build(cell, [row for row in rows if row.get("panel") == name]))
+    return alt.concat(*charts, columns=across, spacing={"row": 20, "column": gap}, align="each")
+
+
+def _columns(count: int) -> int:
+    """Panels in a row of a wide figure, so that the last row is as full as can be."""
+    if count <= 3:
+        return count
+    return 3 if count in (5, 6, 9) else 4
+
+
+def _cell(
+    name: str | None,
+    place: int,
+    count: int,
+    across: int,
+    canvas: Canvas,
+    height: int,
+    margin: int,
+    gap: int,
+    aspect: float | None,
+) -> Cell:
+    width = (canvas.width - margin - 12 - gap * (across - 1)) // across
+    return Cell(
+        name=name,
+        width=width,
+        height=height if aspect is None else min(height, round(width / aspect)),
+        first=place == 0,
+        left=place % across == 0,
+        bottom=place + across >= count,
+    )
+
+
+def titled(chart: Chart, cell: Cell) -> Chart:
+    """The chart at its cell's size, with the panel's name above it."""
+    chart = chart.properties(width=cell.width, height=cell.height)
+    if cell.name is None:
+        return chart
+    return chart.properties(title=alt.TitleParams(text=cell.name, limit=cell.width))
+
+
+def table(rows: Iterable[Row]) -> alt.Data:
+    """Rows as the data of a chart."""
+    return alt.Data(values=[dict(row) for row in rows])
+
+
+def number(row: Row, field: str) -> float | None:
+    """A finite number of a row, or None where it is missing or undefined."""
+    value = row.get(field)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def numbers(rows: Rows, *fields: str) -> list[float]:
+    """All finite numbers in some fields."""
+    return [value for row in rows for field in fields if (value := number(row, field)) is not None]
+
+
+def span(values: Sequence[float], fallback: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+    """Smallest and largest value, drawn apart where they are equal."""
+    if not values:
+        return fallback
+    low, high = min(values), max(values)
+    if low < high:
+        return low, high
+    pad = abs(low) / 2 or 0.5
+    return low - pad, high + pad
+
+
+def fit(rows: Rows, rules: Sequence[Rule], given: Sequence[float] | None = None) -> tuple[float, float]:
+    """The y range of a chart: all values and reference lines; intervals may leave it by a quarter of that.
+
+    A wide interval of one doubtful point would otherwise squeeze everything else flat; it is cut at the frame.
+    """
+    if given is not None:
+        return float(given[0]), float(given[1])
+    low, high = span(numbers(rows, "y") + [float(rule["value"]) for rule in rules])
+    room = (high - low) / 4
+    ends = [value for value in numbers(rows, "low", "high") if low - room <= value <= high + room]
+    beyond = [value for value in numbers(rows, "low", "high") if not low - room <= value <= high + room]
+    edges = [min(max(value, low - room), high + room) for value in beyond]
+    low, high = span([low, high, *ends, *edges])
+    pad = (high - low) * 0.04
+    return low - pad, high + pad
+
+
+def x_axis(cell: Cell, title: str, domain: Sequence[float], *, whole: bool = True, pad: float = 0.0) -> alt.X:
+    """A quantitative x axis (field `x`); labelled under the lowest panel of each column only."""
+    ticks = max(2, min(10, cell.width // 40))
+    values = whole_ticks(domain[0], domain[1], ticks) if whole else None
+    axis = alt.Axis(
+        title=title if cell.bottom else None,
+        labels=cell.bottom,
+        values=values if values is not None else alt.Undefined,
+        tickCount=ticks,
+        format="d" if whole else "~g",
+        labelFlush=False,
+    )
+    low, high = float(domain[0]) - pad, float(domain[1]) + pad
+    scale = alt.Scale(domain=[low, high], nice=False, zero=False)
+    return alt.X(field="x", type="quantitative", axis=axis, scale=scale)
+
+
+def whole_ticks(low: float, high: float, most: int) -> list[int]:
+    """Whole numbers from low to high in equal steps of 1, 2, 4, 5, 10..., at most `most + 1` of them.
+
+    Example:
+        >>> whole_ticks(1, 17, 8)
+        [1, 3, 5, 7, 9, 11, 13, 15, 17]
+    """
+    first, last = math.ceil(low), math.floor(high)
+    for step in (1, 2, 4, 5, 10, 20, 25, 50, 100, 200, 500, 1000):
+        if (last - first) / step <= most:
+            start = first if step < 4 else math.ceil(first / step) * step
+            return list(range(start, last + 1, step))
+    return [first, last]
+
+
+def y_axis(
+    cell: Cell,
+    title: str,
+    domain: Sequence[float],
+    *,
+    field: str = "y",
+    log: bool = False,
+    labels: bool = True,
+) -> alt.Y:
+    """A quantitative y axis; titled and labelled in the first column only, unless `labels` forces it."""
+    axis = alt.Axis(
+        title=title if cell.left else None,
+        labels=cell.left or labels,
+        tickCount=max(3, cell.height // 40),
+        format="~g" if not log else "~s",
+    )
+    scale = alt.Scale(domain=list(domain), nice=False, zero=False, type="log" if log else "linear")
+    return alt.Y(field=field, type="quantitative", axis=axis, scale=scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Colours and shapes of a figure's series, and whether a legend names them."""
+
+    series: tuple[str, ...]
+    legend: bool
+    columns: int
+
+    @classmethod
+    def of(cls, rows: Rows, canvas: Canvas, order: Sequence[str] | None, *, legend: bool = True) -> Key:
+        """The key for the series in rows; `order` fixes places (and so colours) even of absent ones."""
+        series = names(rows, "series", order)
+        present = {row.get("series") for row in rows}
+        named = sum(name in present for name in series) > 1
+        longest = max((len(name) for name in series), default=0)
+        room = canvas.width - 60
+        return cls(tuple(series), legend and named, max(1, room // (longest * 7 + 45)))
+
+    def shown(self, rows: Rows) -> tuple[list[str], list[str], list[str]]:
+        """Names, colours and shapes of the series that have rows."""
+        present = {row.get("series") for row in rows}
+        colours, shapes = looks(self.series)
+        chosen = [look for look in zip(self.series, colours, shapes, strict=True) if look[0] in present]
+        return [name for name, _, _ in chosen], [c for _, c, _ in chosen], [s for _, _, s in chosen]
+
+    def colour(self, rows: Rows) -> Any:
+        """Colour by series, or the first colour where there are none."""
+        series, colours, _ = self.shown(rows)
+        if not series:
+            return alt.value(looks(["series"])[0][0])
+        return alt.Color(
+            field="series",
+            type="nominal",
+            scale=alt.Scale(domain=series, range=colours),
+            legend=self._legend(),
+        )
+
+    def shape(self, rows: Rows) -> Any:
+        """Point shape by series."""
+        series, _, shapes = self.shown(rows)
+        if not series:
+            return alt.value("circle")
+        return alt.Shape(
+            field="series",
+            type="nominal",
+            scale=alt.Scale(domain=series, range=shapes),
+            legend=self._legend(),
+        )
+
+    def _legend(self) -> alt.Legend | None:
+        if not self.legend:
+            return None
+        return alt.Legend(title=None, orient="top", columns=self.columns, symbolOpacity=1, offset=10)
+
+
+def lines(
+    rows: Rows,
+    everything: Rows,
+    x: alt.X,
+    y: alt.Y,
+    key: Key,
+    *,
+    points: int = 22,
+    band: float = 0.13,
+) -> list[Chart]:
+    """Layers of lines with interval bands; a missing value is a gap, and a lone point keeps its interval as a stem.
+
+    Args:
+        rows: rows of one panel.
+        everything: rows of the whole figure, so that all panels share one legend.
+        x: the x channel.
+        y: the y channel.
+        key: colours and shapes.
+        points: size of the points in square pixels.
+        band: opacity of the bands.
+    """
+    colour = key.colour(everything)
+    ordered = sorted(rows, key=lambda row: (str(row.get("series")), number(row, "x") or 0.0))
+    bands, stems = [], []
+    for run in _runs(ordered):
+        (bands if len(run) > 1 else stems).append(run)
+    layers: list[Chart] = []
+    # One layer for all bands: `run` keeps stretches apart that a gap divides.
+    spread = [{**row, "run": str(place)} for place, run in enumerate(bands) for row in run]
+    detail = alt.Detail(field="run", type="nominal")
+    if spread:
+        layers.append(
+            alt.Chart(table(spread))
+            .mark_area(opacity=band, clip=True, line=False)
+            .encode(x=x, y=_renamed(y, "low"), y2=alt.Y2(field="high"), color=colour, detail=detail)
+        )
+    alone = [row for run in stems for row in run]
+    if alone:
+        layers.append(
+            alt.Chart(table(alone))
+            .mark_rule(opacity=0.45, strokeWidth=2, clip=True)
+            .encode(x=x, y=_renamed(y, "low"), y2=alt.Y2(field="high"), color=colour)
+        )
+    line = alt.Chart(table(ordered)).mark_line(strokeWidth=1.7, clip=True, invalid="break-paths-show-domains")
+    layers.append(line.encode(x=x, y=y, color=colour))
+    known = [row for row in ordered if number(row, "y") is not None]
+    dots = alt.Chart(table(known)).mark_point(filled=True, size=points, opacity=1, clip=True)
+    layers.append(dots.encode(x=x, y=y, color=colour, shape=key.shape(everything)))
+    return layers
+
+
+def _renamed(y: alt.Y, field: str) -> alt.Y:
+    other = y.copy()
+    other.field = field
+    return other
+
+
+def _runs(ordered: Rows) -> list[list[Row]]:
+    """Stretches of neighbouring rows of one series with a whole interval; a missing one ends the stretch."""
+    runs: list[list[Row]] = []
+    last: object = None
+    for row in ordered:
+        if any(number(row, field) is None for field in ("y", "low", "high")):
+            last = None
+            continue
+        mark = ("series", row.get("series"))
+        if last == mark:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+        last = mark
+    return runs
+
+
+def reference(rules: Sequence[Rule], cell: Cell, y: alt.Y, *, named: bool = True) -> list[Chart]:
+    """Horizontal reference lines of a panel, each with its name at the right end just above the line."""
+    mine = [
+        {"y": float(rule["value"]), "name": str(rule.get("name") or "")}
+        for rule in rules
+        if rule.get("panel") in (None, cell.name)
+    ]
+    if not mine:
+        return []
+    base = alt.Chart(table(mine))
+    layers = [base.mark_rule(color=LIGHT["rule"], strokeDash=[4, 3], strokeWidth=1).encode(y=y)]
+    if named:
+        text = base.mark_text(align="right", baseline="bottom", dy=-2, color=LIGHT["muted"], fontSize=11)
+        layers.append(text.encode(x=alt.value(cell.width), y=y, text=alt.Text(field="name", type="nominal")))
+    return layers
+
+
+def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places moved so little that neighbours are at least `gap` apart, inside [low, high] where there is room.
+
+    Example:
+        >>> apart([10.0, 11.0, 50.0], 8.0, 0.0, 100.0)
+        [6.5, 14.5, 50.0]
+    """
+    order = sorted(range(len(places)), key=lambda place: places[place])
+    groups: list[list[int]] = []
+    for place in order:
+        groups.append([place])
+        while len(groups) > 1 and _centre(groups[-1], places) - _centre(groups[-2], places) < (
+            gap * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = [
+        _centre(members, places) + gap * (rank - (len(members) - 1) / 2)
+        for members in groups
+        for rank in range(len(members))
+    ]
+    floor = low
+    for rank, place in enumerate(moved):
+        moved[rank] = max(place, floor)
+        floor = moved[rank] + gap
+    ceiling = high
+    for rank in reversed(range(len(moved))):
+        moved[rank] = min(moved[rank], ceiling)
+        ceiling = moved[rank] - gap
+    return [moved[order.index(place)] for place in range(len(places))]
+
+
+def _centre(members: Sequence[int], places: Sequence[float]) -> float:
+    return sum(places[member] for member in members) / len(members)

@@ -1,0 +1,155 @@
+"""Values that pass between measuring, storing and showing: requests, responses, results, answers.
+
+Nothing here imports torch; everything is immutable and has a stable meaning across processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+Kind = Literal["loglikelihood", "rolling", "generate"]
+Verdict = Literal["yes", "no", "unclear"]
+
+
+def digest(*parts: object) -> str:
+    """A 16-digit hexadecimal fingerprint of JSON-able parts, the same in every process and on every machine."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a model, as lm-evaluation-harness asks it.
+
+    `kind` is "loglikelihood" (of `continuation` after `context`), "rolling" (of the whole text in
+    `continuation`) or "generate" (greedy text after `context`; `options` is the JSON text of the harness's
+    generation options, such as `{"max_gen_toks": 64, "until": ["\\n"]}`).
+    """
+
+    kind: Kind
+    context: str
+    continuation: str = ""
+    options: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Stable name of this question, equal for equal texts."""
+        return digest("request", self.kind, self.context, self.continuation, self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The answer of one recipe to one request.
+
+    `loglikelihood` is in nats and may be non-finite (then it is reported, never averaged in silently);
+    `tokens` counts scored or generated tokens; `truncated` says that the request was longer than the model's window.
+    """
+
+    loglikelihood: float = math.nan
+    is_greedy: bool = False
+    text: str | None = None
+    tokens: int = 0
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What must be equal for two numbers to be comparable: the weights and how they were run."""
+
+    model: str  # as the user named it
+    weights: str  # hash of the weights, or of the hub revision
+    dtype: str  # "float32", "bfloat16", "float16"
+    device: str  # "cpu" or "cuda"
+    kv: str = "exact"
+    attention: str = "sdpa"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Stable name of the setting; the model's display name is not part of it."""
+        return digest("setting", self.weights, self.dtype, self.device, self.kv, self.attention)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one recipe scored on one task.
+
+    `metrics` and `scores` have the harness's metric names ("acc,none"); `scores[name]` has one value per
+    example, in document order, None where the example has no finite value. `protocol` is the fingerprint of
+    what was asked (task version, shots, prompts, documents), so only equal protocols may be compared.
+    """
+
+    recipe: str  # Recipe.fingerprint
+    task: str
+    protocol: str
+    n: int
+    metrics: Mapping[str, float]
+    scores: Mapping[str, tuple[float | None, ...]]
+    nonfinite: int = 0  # requests whose log-likelihood was not finite
+    truncated: int = 0  # requests longer than the model's window
+    info: Mapping[str, Any] = field(default_factory=dict)  # task version, shots, chance, majority, higher_is_better...
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its 95 % interval; `low`/`high` are None where no interval can be given."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question of a study, answered for this model."""
+
+    key: str  # short slug, e.g. "order-matters"
+    question: str
+    verdict: Verdict
+    effect: str  # one sentence with the effect size in words and numbers
+    estimate: Estimate | None
+    unit: str  # unit of `estimate`, e.g. "normalised score"
+    paper: str  # what the paper found, on which model
+    rule: str  # how the verdict was reached from the interval
+    figure: str | None = None  # key of the figure that shows it
+
+
+Row = Mapping[str, Any]  # one row of a figure's table: plain numbers, texts, None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a figure shows, apart from how it is drawn: its numbers and which drawing fits them.
+
+    `kind` names a drawing in `impasto.plots`; `options` are its arguments (axis titles, baselines...).
+    """
+
+    key: str
+    title: str
+    caption: str
+    kind: str
+    rows: tuple[Row, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report, ready to be drawn: answers first, then figures, then how it was made."""
+
+    title: str
+    subtitle: str
+    answers: tuple[Answer, ...]
+    figures: tuple[Figure, ...]
+    notes: tuple[str, ...]  # warnings and limits, shown under the answers
+    facts: Mapping[str, str]  # provenance: model, weights, dtype, versions, command, time...
+    tables: tuple[tuple[str, tuple[Row, ...]], ...] = ()  # title, rows

@@ -1,0 +1,122 @@
+"""Listening to how a model calls its layers, with nothing of the model replaced.
+
+A *tap* makes one layer's `__call__` go to a handler. The layer keeps its place, its parameters, its hooks and its
+name in the state dict: only its class is swapped for a subclass of itself, and swapped back on leaving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from impasto.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """How the model called one layer: everything but the hidden state, which can be put back in its place."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    name: str | None  # keyword of the hidden state, or None where it is the first positional argument
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Context]:
+        """Take the hidden state out of a call; returns it and the rest."""
+        if args and isinstance(args[0], Tensor):
+            return args[0], cls(args[1:], kwargs, None)
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor) and value.dim() >= 2:
+                return value, cls(args, {k: v for k, v in kwargs.items() if k != name}, name)
+        raise UnsupportedModel("a layer is called without a tensor: no hidden state to schedule was found")
+
+    def join(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments of the same call with `hidden` as its hidden state."""
+        if self.name is None:
+            return (hidden, *self.args), dict(self.kwargs)
+        return self.args, {self.name: hidden, **self.kwargs}
+
+    def map(self, change: Callable[[Any], Any]) -> Context:
+        """The same context with `change` applied to every argument (and inside tuples and lists)."""
+
+        def walk(value: Any) -> Any:
+            if type(value) in (tuple, list):
+                return type(value)(walk(v) for v in value)
+            return change(value)
+
+        return Context(
+            tuple(walk(a) for a in self.args), {k: walk(v) for k, v in self.kwargs.items()}, self.name
+        )
+
+    def values(self) -> Iterator[Any]:
+        """Every argument, one after another."""
+        yield from self.args
+        yield from self.kwargs.values()
+
+
+Handler = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a layer returns: the tensor itself, or the first member of a tuple."""
+    hidden = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedModel(f"a layer returns {type(hidden).__name__} where a hidden state was expected")
+    return hidden
+
+
+def real_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module as if it were not tapped: its hooks, checkpointing and device alignment run as always."""
+    base = getattr(type(module), "_impasto_base", type(module))
+    return base.__call__(module, *args, **kwargs)
+
+
+@cache
+def _tapped_class(base: type[nn.Module]) -> type[nn.Module]:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        handler, index = self.__dict__["_impasto_tap"]
+        return handler(index, args, kwargs)
+
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "__call__": __call__,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_impasto_base": base,
+        },
+    )
+
+
+@contextlib.contextmanager
+def tapped(modules: Sequence[nn.Module], handler: Handler) -> Iterator[None]:
+    """Send every call of `modules[i]` to `handler(i, args, kwargs)` for the length of a `with` block.
+
+    Taps nest: a module that is tapped already gets the inner handler, and the outer one back afterwards.
+
+    Args:
+        modules: distinct modules.
+        handler: returns what the call shall return; `real_call` runs the module itself.
+    """
+    before: list[tuple[nn.Module, type, Any]] = []
+    try:
+        for index, module in enumerate(modules):
+            before.append((module, type(module), module.__dict__.get("_impasto_tap")))
+            base = getattr(type(module), "_impasto_base", type(module))
+            module.__dict__["_impasto_tap"] = (handler, index)
+            module.__class__ = _tapped_class(base)
+        yield
+    finally:
+        for module, kind, tap in reversed(before):
+            module.__class__ = kind
+            if tap is None:
+                module.__dict__.pop("_impasto_tap", None)
+            else:
+                module.__dict__["_impasto_tap"] = tap
