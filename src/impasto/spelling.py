@@ -13,13 +13,14 @@ from impasto.errors import NotationError, UsageError
 from impasto.steps import MAX_CALLS, MAX_LAYER
 
 SLICE_RULE = "a slice is half-open as in Python: 8:12 is layers 8 9 10 11, and 12:8 is 11 10 9 8"
+LAYER_RULE = "layers count from 0; negative numbers count from the end, so -1 is the last layer"
 DEPTH_RULE = "negative numbers and open slices count from the model's depth, which is not known here"
 
 _NUMBER = re.compile(r"-?[0-9]+")
 _INCLUSIVE = re.compile(r"([0-9]{1,6})\s*(?:\.\.\.?|-|–|—|…)\s*([0-9]{1,6})")
 _GAP = re.compile(r"\s+(?=[0-9-])")
 _STEPPED = re.compile(r":(-?[0-9]{1,6})")
-_ROUNDS = 12
+_ROUNDS = 24
 _LONGEST_MENDED = 4_000
 _LONGEST_SHOWN = 160
 
@@ -90,11 +91,12 @@ class Scanner:
         match = _NUMBER.match(self.text, self.at)
         if match is None:
             return None
-        if len(match[0].lstrip("-0")) > len(str(MAX_LAYER)):
+        digits = match[0].lstrip("-").lstrip("0") or "0"
+        if len(digits) > len(str(MAX_LAYER)):
             rule = f"no number is larger than {MAX_LAYER}"
             raise SpellingError(f"{problem} is too large", match.start(), match.end(), rule=rule)
         self.at = match.end()
-        return int(match[0])
+        return -int(digits) if match[0].startswith("-") else int(digits)
 
     def selection(self) -> tuple[range, bool]:
         """The layers named by the number or slice that comes next, and whether it was a slice."""
@@ -136,9 +138,7 @@ class Scanner:
     def _sliced(self, low: int, high: int, start: int) -> range:
         named = range(low, high) if low <= high else range(low - 1, high - 1, -1)
         if not named:
-            fixes = tuple(
-                self.mended(start, self.at, spelling) for spelling in (str(low), str(max(low - 1, 0)))
-            )
+            fixes = tuple(self.mended(start, self.at, spelling) for spelling in (str(low), str(max(low - 1, 0))))
             text = self.text[start : self.at]
             raise SpellingError(f"the slice {text} names no layer", start, self.at, rule=SLICE_RULE, fixes=fixes)
         if len(named) > MAX_CALLS:
@@ -163,7 +163,7 @@ class Scanner:
             f"layer {layer} does not exist: this model has layers 0..{(self.layers or 0) - 1}",
             start,
             self.at,
-            rule=SLICE_RULE,
+            rule=LAYER_RULE,
             fixes=(self.mended(start, self.at, spelling),),
         )
 
@@ -186,9 +186,7 @@ class Scanner:
             first, last = int(match[1]), int(match[2])
             spelling = f"{first}:{last + 1}" if first <= last else f"{first + 1}:{last}"
             fix = self.mended(match.start(), match.end(), spelling)
-            raise SpellingError(
-                f"{match[0]} is not a slice", match.start(), match.end(), rule=SLICE_RULE, fixes=(fix,)
-            )
+            raise SpellingError(f"{match[0]} is not a slice", match.start(), match.end(), rule=SLICE_RULE, fixes=(fix,))
 
     def _refuse_step(self, start: int, first: int | None, second: int | None) -> None:
         match = _STEPPED.match(self.text, self.at)
@@ -196,15 +194,15 @@ class Scanner:
             return
         stride = int(match[1])
         fix = self.mended(self.at, match.end(), "")
-        if (
-            first is not None
-            and second is not None
-            and stride
-            and 0 < len(range(first, second, stride)) <= 16
-        ):
+        if first is not None and second is not None and stride and 0 < len(range(first, second, stride)) <= 16:
             spelled = " ".join(map(str, range(first, second, stride)))
             fix = self.mended(start, match.end(), spelled)
         raise SpellingError("a slice has no step", self.at, match.end(), rule=SLICE_RULE, fixes=(fix,))
+
+
+def brief(text: str) -> str:
+    """The text in quotes for a message, cut where it is long."""
+    return repr(text if len(text) <= 40 else f"{text[:39]}…")
 
 
 def explained(text: str, fault: SpellingError, read: Callable[[str], object]) -> NotationError:

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from itertools import repeat
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,11 +37,9 @@ from numpy.typing import ArrayLike, NDArray
 from impasto.database import Database
 from impasto.errors import StoreError
 from impasto.exports import Measured, Table, write_csv, write_lm_eval, write_parquet
+from impasto.recipe import Recipe
 from impasto.records import Measurement, Run, StoredRecipe, from_json, to_json
 from impasto.result import Request, Response, Result, Setting
-
-if TYPE_CHECKING:
-    from impasto.recipe import Recipe
 
 FILENAME = "results.sqlite"
 

@@ -76,9 +76,7 @@ DRAWINGS: Mapping[str, Drawing] = MappingProxyType(
         "matrix": Drawing(grids.matrix, ("row", "column", "value"), ("panel",), ("row", "column", "value")),
         "heatmap": Drawing(grids.heatmap, ("x", "y", "value"), ("panel",), ("x", "y", "value"), ("best",)),
         "bars": Drawing(points.bars, ("value", "low", "high"), ("label", *_BY), ("label", "value")),
-        "scatter": Drawing(
-            points.scatter, (*_LINE, "x_low", "x_high"), ("label", *_BY), ("x", "y"), ("frontier",)
-        ),
+        "scatter": Drawing(points.scatter, (*_LINE, "x_low", "x_high"), ("label", *_BY), ("x", "y"), ("frontier",)),
     }
 )
 _SHARED_OPTIONS = ("section",)
@@ -194,9 +192,7 @@ def save(figure: Figure, folder: Path | str, rendered: Picture | None = None) ->
         paths["png"].write_bytes(render.png(source))
         paths["csv"].write_text(to_csv(figure), encoding="utf-8", newline="")
     except OSError as error:
-        raise StoreError(
-            f"cannot write figure {figure.key!r} to {folder}: {error.strerror or error}"
-        ) from error
+        raise StoreError(f"cannot write figure {figure.key!r} to {folder}: {error.strerror or error}") from error
     return paths
 
 

@@ -16,11 +16,13 @@ from impasto.plots.frame import (
     apart,
     fit,
     lines,
+    look,
     names,
     number,
     numbers,
     panels,
     reference,
+    renamed,
     span,
     table,
     titled,
@@ -46,20 +48,18 @@ def layer_curve(
 ) -> Chart:
     """A score for every layer, such as what is left when that one layer is skipped; one panel per task."""
     key = Key.of(rows, canvas, series)
-    domain = span(numbers(rows, "x"))
 
     def build(cell: Cell, mine: Rows) -> Chart:
         ours = [rule for rule in rules if rule.get("panel") in (None, cell.name)]
         y = y_axis(cell, y_title, fit(mine, ours, y_domain))
-        x = x_axis(cell, x_title, domain, pad=0.5)
-        return titled(alt.layer(*reference(rules, cell, y), *lines(mine, rows, x, y, key, points=26)), cell)
+        x = x_axis(cell, x_title, rows, pad=0.5)
+        under, over = reference(rules, cell, y, mine)
+        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, points=26), *over), cell)
 
     count = len(names(rows, "panel"))
     across = columns or (min(2, count) if canvas.wide and count > 1 else None)
     height = 200 if count > 1 else 260
-    return panels(
-        rows, canvas, build, height=height if canvas.wide else 180, order=panel_order, columns=across, gap=44
-    )
+    return panels(rows, canvas, build, height=height if canvas.wide else 180, order=panel_order, columns=across, gap=44)
 
 
 def affected_curves(
@@ -76,25 +76,17 @@ def affected_curves(
 ) -> Chart:
     """Small multiples, one per task: a score against the number of affected layers, one line per method."""
     key = Key.of(rows, canvas, series)
-    domain = span(numbers(rows, "x"))
     frame = fit(rows, rules, y_domain)
 
     def build(cell: Cell, mine: Rows) -> Chart:
         y = y_axis(cell, y_title, frame, labels=False)
-        x = x_axis(cell, x_title, domain, pad=(domain[1] - domain[0]) * 0.03)
-        return titled(
-            alt.layer(
-                *reference(rules, cell, y, named=cell.first),
-                *lines(mine, rows, x, y, key, points=18, band=0.1),
-            ),
-            cell,
-        )
+        x = x_axis(cell, x_title, rows, pad=_share(rows, 0.03))
+        under, over = reference(rules, cell, y, mine, named=cell.first)
+        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, points=18, band=0.1), *over), cell)
 
     count = len(names(rows, "panel"))
     if canvas.wide:
-        return panels(
-            rows, canvas, build, height=170 if count > 1 else 300, order=panel_order, columns=columns, gap=18
-        )
+        return panels(rows, canvas, build, height=170 if count > 1 else 300, order=panel_order, columns=columns, gap=18)
     return panels(
         rows,
         canvas,
@@ -118,7 +110,6 @@ def summary_curves(
 ) -> Chart:
     """All methods on one chart, each named where its line ends."""
     key = Key.of(rows, canvas, series, legend=False)
-    domain = span(numbers(rows, "x"))
     frame = fit(rows, rules, y_domain)
     ends = _ends(rows)
     longest = max((len(name) for name, _, _ in ends), default=0)
@@ -131,9 +122,9 @@ def summary_curves(
         left=True,
         bottom=True,
     )
-    pad = (domain[1] - domain[0]) * 0.02
-    x, y = x_axis(cell, x_title, domain, pad=pad), y_axis(cell, y_title, frame)
-    layers = [*reference(rules, cell, y), *lines(rows, rows, x, y, key, points=34, band=0.09)]
+    x, y = x_axis(cell, x_title, rows, pad=_share(rows, 0.02)), y_axis(cell, y_title, frame)
+    under, over = reference(rules, cell, y, rows)
+    layers = [*under, *lines(rows, rows, x, y, key, points=34, band=0.09), *over]
     if len(ends) > 1:
         layers += _end_labels(ends, cell, frame, x, y, key, rows, margin)
     return titled(alt.layer(*layers), cell)
@@ -173,10 +164,15 @@ def _end_labels(
     )
     label = base.mark_text(align="left", dx=4, color=LIGHT["ink"], fontSize=12, limit=margin - 12).encode(
         x=alt.value(cell.width + 12),
-        y=alt.Y(field="to", type="quantitative", scale=alt.Scale(domain=list(frame)), axis=y.axis),
+        y=renamed(y, "to"),
         text=alt.Text(field="series", type="nominal"),
     )
     return [leader, label]
+
+
+def _share(rows: Rows, share: float) -> float:
+    low, high = span(numbers(rows, "x"))
+    return (high - low) * share
 
 
 def states(
@@ -196,7 +192,6 @@ def states(
     place on such an axis and is a gap.
     """
     key = Key.of(rows, canvas, series)
-    domain = span(numbers(rows, "x"))
 
     def build(cell: Cell, mine: Rows) -> Chart:
         logarithmic = log if isinstance(log, bool) else cell.name in log
@@ -211,8 +206,9 @@ def states(
         else:
             frame = fit(mine, ours)
         y = y_axis(cell, y_title, frame, log=logarithmic)
-        x = x_axis(cell, x_title, domain, pad=0.3)
-        return titled(alt.layer(*reference(rules, cell, y), *lines(mine, rows, x, y, key, points=16)), cell)
+        x = x_axis(cell, x_title, rows, pad=0.3)
+        under, over = reference(rules, cell, y, mine)
+        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, points=16), *over), cell)
 
     count = len(names(rows, "panel"))
     return panels(
@@ -236,37 +232,32 @@ def trace(
     panel_order: Sequence[str] | None = None,
 ) -> Chart:
     """A search: every trial as a point, filled where it was accepted, and the accepted score as a stepped line."""
-    domain = span(numbers(rows, "x"))
-    scale = alt.Scale(domain=["accepted", "rejected"], range=[LIGHT["series1"], LIGHT["rule"]])
-    shapes = alt.Scale(domain=["accepted", "rejected"], range=["circle", "cross"])
-    legend = alt.Legend(title=None, orient="top", offset=10, symbolOpacity=1)
+    scale = look(domain=["accepted", "rejected"], range=[LIGHT["series1"], LIGHT["rule"]])
+    shapes = look(domain=["accepted", "rejected"], range=["circle", "cross"])
+    legend = look(title=None, orient="top", offset=10, symbolOpacity=1)
 
     def build(cell: Cell, mine: Rows) -> Chart:
         ours = [rule for rule in rules if rule.get("panel") in (None, cell.name)]
         y = y_axis(cell, y_title, fit(mine, ours))
-        x = x_axis(cell, x_title, domain, pad=max(0.5, (domain[1] - domain[0]) * 0.02))
+        x = x_axis(cell, x_title, rows, pad=max(0.5, _share(rows, 0.02)))
         known = [row for row in mine if number(row, "y") is not None]
         trials = [{**row, "trial": "accepted" if row.get("accepted") else "rejected"} for row in known]
-        accepted = sorted(
-            (row for row in known if row.get("accepted")), key=lambda row: number(row, "x") or 0.0
-        )
+        accepted = sorted((row for row in known if row.get("accepted")), key=lambda row: number(row, "x") or 0.0)
         if accepted:  # the last accepted state holds to the end of the search
-            accepted = [*accepted, {**accepted[-1], "x": domain[1]}]
+            accepted = [*accepted, {**accepted[-1], "x": max(numbers(rows, "x"))}]
         stems = alt.Chart(table(trials)).mark_rule(opacity=0.3, strokeWidth=1.5, clip=True)
-        steps = alt.Chart(table(accepted)).mark_line(
-            interpolate="step-after", color=LIGHT["series1"], strokeWidth=1.7
-        )
+        steps = alt.Chart(table(accepted)).mark_line(interpolate="step-after", color=LIGHT["series1"], strokeWidth=1.7)
         dots = alt.Chart(table(trials)).mark_point(size=42, strokeWidth=1.5, filled=True, opacity=1)
         colour = alt.Color(field="trial", type="nominal", scale=scale, legend=legend)
         shape = alt.Shape(field="trial", type="nominal", scale=shapes, legend=legend)
-        low = y.copy()
-        low.field = "low"
+        under, over = reference(rules, cell, y, mine)
         return titled(
             alt.layer(
-                *reference(rules, cell, y),
-                stems.encode(x=x, y=low, y2=alt.Y2(field="high"), color=colour),
+                *under,
+                stems.encode(x=x, y=renamed(y, "low"), y2=alt.Y2(field="high"), color=colour),
                 steps.encode(x=x, y=y),
                 dots.encode(x=x, y=y, color=colour, shape=shape),
+                *over,
             ),
             cell,
         )

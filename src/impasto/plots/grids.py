@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 import altair as alt
 
 from impasto.plots.frame import (
+    FORMAT,
     Canvas,
     Cell,
     Chart,
+    Look,
     Rows,
+    look,
     names,
     number,
     numbers,
     panels,
     span,
     table,
+    thin,
     titled,
     whole_ticks,
 )
@@ -51,12 +55,12 @@ def matrix(
         size = cell.width - names_room
         square = Cell(cell.name, size, size, cell.first, cell.left, cell.bottom)
         last = max([*numbers(mine, "row", "column"), 0.0])
-        ticks = whole_ticks(0, last, max(2, size // 28))
-        scale = alt.Scale(domain=[-0.5, last + 0.5], nice=False, zero=False)
-        down = alt.Scale(domain=[last + 0.5, -0.5], nice=False, zero=False)
-        x_look = alt.Axis(title=x_title, values=ticks, format="d", domain=False, grid=False)
-        y_look = alt.Axis(
-            title=y_title if cell.left else None, values=ticks, format="d", domain=False, grid=False
+        ticks = whole_ticks(0, last, max(2, size // 24))
+        scale = look(domain=[-0.5, last + 0.5], nice=False, zero=False)
+        down = look(domain=[last + 0.5, -0.5], nice=False, zero=False)
+        x_look = look(title=x_title, values=ticks, format="d", domain=False, grid=False, labelOverlap=False)
+        y_look = look(
+            title=y_title if cell.left else None, values=ticks, format="d", domain=False, grid=False, labelOverlap=False
         )
         cells = [_box(row, "column", "row", half=0.5) for row in mine]
         layers = [
@@ -78,10 +82,9 @@ def matrix(
     return panels(rows, canvas, build, height=1, order=panel_order, columns=columns, margin=52, gap=34)
 
 
-def _groups(groups: Sequence[Group], scale: alt.Scale, down: alt.Scale, cell: Cell, room: int) -> list[Chart]:
+def _groups(groups: Sequence[Group], scale: Look, down: Look, cell: Cell, room: int) -> list[Chart]:
     boxes = [
-        {"x0": float(str(start)) - 0.5, "x1": float(str(stop)) - 0.5, "name": str(name)}
-        for start, stop, name in groups
+        {"x0": float(str(start)) - 0.5, "x1": float(str(stop)) - 0.5, "name": str(name)} for start, stop, name in groups
     ]
     marks = [{**box, "middle": (float(str(box["x0"])) + float(str(box["x1"]))) / 2} for box in boxes]
     base = alt.Chart(table(marks))
@@ -134,13 +137,13 @@ def heatmap(
         ]
         left, right = _reach(across)
         bottom, top = _reach(up)
-        x_scale = alt.Scale(domain=[left, right], nice=False, zero=False)
-        y_scale = alt.Scale(domain=[bottom, top], nice=False, zero=False)
-        x_look = alt.Axis(title=x_title, values=_thin(columns, cell.width // 26), format="~g", domain=False)
-        y_look = alt.Axis(
+        x_scale = look(domain=[left, right], nice=False, zero=False)
+        y_scale = look(domain=[bottom, top], nice=False, zero=False)
+        x_look = look(title=x_title, values=thin(columns, cell.width // 26), format=FORMAT, domain=False)
+        y_look = look(
             title=y_title if cell.left else None,
-            values=_thin(lines, cell.height // 15),
-            format="~g",
+            values=thin(lines, cell.height // 15),
+            format=FORMAT,
             grid=False,
             domain=False,
         )
@@ -173,8 +176,8 @@ def _fitted(
     name: str,
     width: tuple[float, float],
     height: tuple[float, float],
-    x_scale: alt.Scale,
-    y_scale: alt.Scale,
+    x_scale: Look,
+    y_scale: Look,
 ) -> list[Chart]:
     """The line y = slope x + intercept inside the frame, dark on light so that it shows on any cell."""
     slope, intercept = fit
@@ -182,9 +185,7 @@ def _fitted(
     if slope:
         ends += [((y - intercept) / slope, y) for y in height]
     inside = sorted(
-        (x, y)
-        for x, y in ends
-        if width[0] - 1e-9 <= x <= width[1] + 1e-9 and height[0] - 1e-9 <= y <= height[1] + 1e-9
+        (x, y) for x, y in ends if width[0] - 1e-9 <= x <= width[1] + 1e-9 and height[0] - 1e-9 <= y <= height[1] + 1e-9
     )
     if len(inside) < 2:
         return []
@@ -227,11 +228,6 @@ def _reach(edges: Mapping[float, tuple[float, float]]) -> tuple[float, float]:
     return span([end for pair in edges.values() for end in pair])
 
 
-def _thin(values: Sequence[float], most: int) -> list[float]:
-    """Every n-th value, so that at most `most` are left."""
-    return list(values[:: -(-len(values) // max(most, 1))]) if values else []
-
-
 def _box(row: Row, x: str, y: str, half: float) -> dict[str, object]:
     across, up = number(row, x) or 0.0, number(row, y) or 0.0
     return {
@@ -256,18 +252,18 @@ def _cells(cells: Rows, x: alt.X, y: alt.Y, colour: alt.Color) -> Chart:
 
 
 def _colour(title: str, low: float, high: float, canvas: Canvas) -> alt.Color:
-    legend = alt.Legend(
+    legend = look(
         title=title,
         orient="top",
         gradientLength=200,
         gradientThickness=10,
         tickCount=5,
-        format="~g",
+        format=FORMAT,
         offset=12,
         titleOrient="left" if canvas.wide else "top",
         titleLimit=320,
         labelColor=LIGHT["muted"],
         labelFontSize=11,
     )
-    scale = alt.Scale(scheme=SCHEME, domain=[low, high], clamp=True)
+    scale = look(scheme=SCHEME, domain=[low, high], clamp=True)
     return alt.Color(field="value", type="quantitative", scale=scale, legend=legend)

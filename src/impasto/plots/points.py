@@ -8,16 +8,21 @@ from typing import Literal
 import altair as alt
 
 from impasto.plots.frame import (
+    FORMAT,
     Canvas,
     Cell,
     Chart,
     Key,
+    Look,
     Rows,
     Rule,
+    haloed,
+    look,
     names,
     number,
     numbers,
     panels,
+    renamed,
     span,
     table,
     titled,
@@ -52,48 +57,51 @@ def bars(
     def build(cell: Cell, mine: Rows) -> Chart:
         order = _order(mine, sort)
         cell = Cell(cell.name, cell.width, step * max(len(order), 1), cell.first, cell.left, cell.bottom)
-        scale = alt.Scale(domain=[low, high], nice=False, zero=False)
-        axis = alt.Axis(
+        scale = look(domain=[low, high], nice=False, zero=False)
+        axis = look(
             title=x_title if cell.bottom else None,
             labels=cell.bottom,
             tickCount=max(3, cell.width // 80),
             grid=True,
             domain=False,
             ticks=False,
-            format="~g",
+            format=FORMAT,
         )
         y = alt.Y(
             field="label",
             type="nominal",
             sort=order,
-            scale=alt.Scale(domain=order, paddingInner=0.25, paddingOuter=0.15),
-            axis=alt.Axis(
-                title=None, grid=False, labelLimit=margin - 8, labelColor=LIGHT["ink"], labelFontSize=12
-            ),
+            scale=look(domain=order, paddingInner=0.25, paddingOuter=0.15),
+            axis=look(title=None, grid=False, labelLimit=margin - 8, labelColor=LIGHT["ink"], labelFontSize=12),
         )
         x = alt.X(field="value", type="quantitative", scale=scale, axis=axis)
         known = [row for row in mine if number(row, "value") is not None]
         whole = [row for row in known if number(row, "low") is not None and number(row, "high") is not None]
         colour = key.colour(rows)
-        offset = (
-            {"yOffset": alt.YOffset(field="series", type="nominal", scale=alt.Scale(domain=shown))}
-            if shown
-            else {}
-        )
+        offset = {"yOffset": alt.YOffset(field="series", type="nominal", scale=look(domain=shown))} if shown else {}
         stems = alt.Chart(table(whole)).mark_rule(strokeWidth=2, opacity=0.55, clip=True)
         dots = alt.Chart(table(known)).mark_point(filled=True, size=58, opacity=1)
-        start = x.copy()
-        start.field = "low"
         return titled(
             alt.layer(
                 *_uprights(rules, cell, scale),
-                stems.encode(x=start, x2=alt.X2(field="high"), y=y, color=colour, **offset),
+                stems.encode(x=renamed(x, "low"), x2=alt.X2(field="high"), y=y, color=colour, **offset),
                 dots.encode(x=x, y=y, color=colour, shape=key.shape(rows), **offset),
+                *_undefined(mine, order, y),
             ),
             cell,
         )
 
     return panels(rows, canvas, build, height=1, order=panel_order, columns=1, margin=margin)
+
+
+def _undefined(rows: Rows, order: Sequence[str], y: alt.Y) -> list[Chart]:
+    """A word in the place of labels that have no value at all, so that a gap is not taken for a zero."""
+    known = {row.get("label") for row in rows if number(row, "value") is not None}
+    words = [{"label": label, "word": "undefined"} for label in order if label not in known]
+    if not words:
+        return []
+    text = alt.Chart(table(words)).encode(x=alt.value(6), y=y, text=alt.Text(field="word", type="nominal"))
+    return haloed(text, align="left")
 
 
 def _order(rows: Rows, sort: str) -> list[str]:
@@ -109,7 +117,7 @@ def _order(rows: Rows, sort: str) -> list[str]:
     return sorted(labels, key=place)
 
 
-def _uprights(rules: Sequence[Rule], cell: Cell, scale: alt.Scale) -> list[Chart]:
+def _uprights(rules: Sequence[Rule], cell: Cell, scale: Look) -> list[Chart]:
     """Vertical reference lines, named above the first panel."""
     mine = [
         {"value": float(rule["value"]), "name": str(rule.get("name") or "")}
@@ -150,50 +158,31 @@ def scatter(
     def build(cell: Cell, mine: Rows) -> Chart:
         known = [row for row in mine if number(row, "x") is not None and number(row, "y") is not None]
         ours = [float(rule["value"]) for rule in rules if rule.get("panel") in (None, cell.name)]
-        across = alt.Scale(
-            domain=list(_padded(numbers(known, "x", "x_low", "x_high"), 0.06)), nice=False, zero=False
-        )
-        up = alt.Scale(
-            domain=list(_padded(numbers(known, "y", "low", "high") + ours, 0.06)), nice=False, zero=False
-        )
-        x_look = alt.Axis(
-            title=x_title if cell.bottom else None, tickCount=max(3, cell.width // 80), format="~g"
-        )
-        y_look = alt.Axis(title=y_title if cell.left else None, tickCount=6, format="~g")
+        across = look(domain=list(_padded(numbers(known, "x", "x_low", "x_high"), 0.06)), nice=False, zero=False)
+        up = look(domain=list(_padded(numbers(known, "y", "low", "high") + ours, 0.06)), nice=False, zero=False)
+        x_look = look(title=x_title if cell.bottom else None, tickCount=max(3, cell.width // 80), format=FORMAT)
+        y_look = look(title=y_title if cell.left else None, tickCount=6, format=FORMAT)
         x = alt.X(field="x", type="quantitative", scale=across, axis=x_look)
         y = alt.Y(field="y", type="quantitative", scale=up, axis=y_look)
-        left, low = x.copy(), y.copy()
-        left.field, low.field = "x_low", "low"
+        left, low = renamed(x, "x_low"), renamed(y, "low")
         colour = key.colour(rows)
-        frontier = sorted(
-            (row for row in known if row.get("frontier")), key=lambda row: number(row, "x") or 0.0
-        )
+        frontier = sorted((row for row in known if row.get("frontier")), key=lambda row: number(row, "x") or 0.0)
         tall = [row for row in known if number(row, "low") is not None and number(row, "high") is not None]
-        broad = [
-            row for row in known if number(row, "x_low") is not None and number(row, "x_high") is not None
-        ]
+        broad = [row for row in known if number(row, "x_low") is not None and number(row, "x_high") is not None]
         layers: list[Chart] = []
+        tail: list[Chart] = []
         if ours:
             marks = alt.Chart(table({"y": value} for value in ours))
             layers.append(marks.mark_rule(color=LIGHT["rule"], strokeDash=[4, 3]).encode(y=y))
         if frontier:
-            line = alt.Chart(table(frontier)).mark_line(
-                interpolate="step-after", color=LIGHT["rule"], strokeWidth=1.5
-            )
+            line = alt.Chart(table(frontier)).mark_line(interpolate="step-after", color=LIGHT["rule"], strokeWidth=1.5)
             layers.append(line.encode(x=x, y=y))
             end = alt.Chart(table([{**frontier[-1], "name": frontier_name}]))
-            layers.append(
-                end.mark_text(
-                    align="right", baseline="top", dy=12, dx=6, fontSize=11, color=LIGHT["muted"]
-                ).encode(x=x, y=y, text=alt.Text(field="name", type="nominal"))
-            )
+            name = end.encode(x=x, y=y, text=alt.Text(field="name", type="nominal"))
+            tail = haloed(name, align="right", baseline="top", dy=12, dx=6)
         layers += [
-            alt.Chart(table(tall))
-            .mark_rule(opacity=0.5)
-            .encode(x=x, y=low, y2=alt.Y2(field="high"), color=colour),
-            alt.Chart(table(broad))
-            .mark_rule(opacity=0.5)
-            .encode(x=left, x2=alt.X2(field="x_high"), y=y, color=colour),
+            alt.Chart(table(tall)).mark_rule(opacity=0.5).encode(x=x, y=low, y2=alt.Y2(field="high"), color=colour),
+            alt.Chart(table(broad)).mark_rule(opacity=0.5).encode(x=left, x2=alt.X2(field="x_high"), y=y, color=colour),
             alt.Chart(table(known))
             .mark_point(filled=True, size=60, opacity=1)
             .encode(x=x, y=y, color=colour, shape=key.shape(rows)),
@@ -204,6 +193,6 @@ def scatter(
                 align="left", baseline="bottom", dx=6, dy=-4, fontSize=11, color=LIGHT["ink"], limit=150
             )
             layers.append(text.encode(x=x, y=y, text=alt.Text(field="label", type="nominal")))
-        return titled(alt.layer(*layers), cell)
+        return titled(alt.layer(*layers, *tail), cell)
 
     return panels(rows, canvas, build, height=340 if canvas.wide else 280, order=panel_order, gap=44)

@@ -16,12 +16,12 @@ SVG = "http://www.w3.org/2000/svg"
 _ROLES = {colour: f"var(--{role})" for role, colour in LIGHT.items()}
 _NOISE = ("aria-hidden", "aria-roledescription", "aria-label", "role", "pointer-events", "class", "style")
 _LONG = re.compile(r"-?\d+\.\d{3,}(?:e-?\d+)?")
-_HEADER_SAFE = re.compile(r"url\(#([^)]+)\)")
+_REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
 def svg(chart: Chart) -> str:
     """The chart as SVG text in the light colours, slimmed: no invisible marks, coordinates to 0.01 px."""
-    source = vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=_version(), allowed_base_urls=[])
+    source = vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=_version())
     root = ElementTree.fromstring(source)
     _slim(root)
     return _text(root)
@@ -48,9 +48,7 @@ def inline(source: str, name: str, label: str) -> str:
             elif attribute == "id":
                 node.set(attribute, ids[value])
             elif "url(#" in value:
-                node.set(
-                    attribute, _HEADER_SAFE.sub(lambda found: f"url(#{ids.get(found[1], found[1])})", value)
-                )
+                node.set(attribute, _REFERENCE.sub(lambda found: f"url(#{ids.get(found[1], found[1])})", value))
     root.set("role", "img")
     root.set("aria-label", label)
     return _text(root)
@@ -83,6 +81,8 @@ def _slim(node: ElementTree.Element) -> None:
         _slim(child)
         if child.tag == f"{{{SVG}}}g" and len(child) == 0:
             node.remove(child)
+    if any((child.get("fill") or "").startswith("rgb(") for child in node):  # cells of a colour scale
+        node.set("shape-rendering", "crispEdges")  # no seams between them
     for attribute in _NOISE:
         node.attrib.pop(attribute, None)
     for attribute in ("opacity", "fill-opacity", "stroke-opacity"):

@@ -1,0 +1,164 @@
+"""From the last hidden state to log-likelihoods, at the scored positions only.
+
+The final norm, the head and whatever the model does to its logits run through the model's own forward; the head's
+product is taken in slices of the vocabulary, and of each slice only its maximum, its sum of exponentials and the
+scored tokens' logits are kept. Nothing of size positions x vocabulary is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from impasto.anatomy import Anatomy, quietly
+from impasto.levels import Enough
+from impasto.taps import real_call, tapped
+
+SLICE = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits of one slice (positions x words)
+PROBE = 3
+
+
+class Head:
+    """The part of a model behind its last layer, by position.
+
+    Args:
+        model: the loaded model.
+        body: its anatomy.
+
+    The first use finds out, on a few random states, whether logits are the head's plain product, a function of each
+    logit alone (a soft cap, a scale), or something that needs the whole vocabulary at once; the last is run whole in
+    small chunks of positions.
+    """
+
+    def __init__(self, model: nn.Module, body: Anatomy) -> None:
+        self.model = model
+        self.body = body
+        head = model.get_output_embeddings()
+        self.linear = head if isinstance(head, nn.Linear) and head.weight.device.type != "meta" else None
+        self.kind = self._kind()
+
+    def _forward(self, states: Tensor, logits: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The model's forward with `states` (n, channels) coming out of its last layer.
+
+        `logits`: a function of the head's input that replaces the head's product.
+        """
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=self._input_device())
+        last = self.body.depth - 1
+
+        def hand_on(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            return self.body.wrap(index, states[:, None].to(hidden.device) if index == last else hidden)
+
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if "use_cache" in self.body.arguments:
+            inputs["use_cache"] = False
+        with tapped(self.body.layers, hand_on):
+            if logits is None or self.linear is None:
+                whole: Tensor = self.model(**inputs).logits[:, 0]
+                return whole
+            with tapped([self.linear], lambda _, args, kwargs: logits(args[0])):
+                other: Tensor = self.model(**inputs).logits[:, 0]
+            return other
+
+    def _input_device(self) -> torch.device:
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return self.model.device if device.type == "meta" else device
+
+    def enter(self, states: Tensor) -> Tensor:
+        """What enters the head for states (n, channels) behind the last layer: normalised, projected, (n, d)."""
+        caught: list[Tensor] = []
+
+        def catch(head_input: Tensor) -> Tensor:
+            caught.append(head_input)
+            raise Enough
+
+        with contextlib.suppress(Enough):
+            self._forward(states, catch)
+        return caught[0][:, 0]
+
+    def _kind(self) -> str:
+        if self.linear is None:
+            return "whole"
+        width = next(p.shape[-1] for p in self.model.get_input_embeddings().parameters())
+        weight = self.linear.weight
+        generator = torch.Generator().manual_seed(0)
+        with quietly(self.model):
+            try:
+                states = torch.randn(PROBE, width, generator=generator).to(weight.device, weight.dtype)
+                whole = self._forward(states)
+            except RuntimeError:  # the stack's width differs from the embedding's
+                return "whole"
+            entered = self.enter(states)
+            plain = real_call(self.linear, (entered,), {})
+            if torch.equal(whole, plain):
+                return "plain"
+            half = weight.shape[0] // 2
+            part = self._forward(states, lambda x: real_call(self.linear, (x,), {})[..., :half])  # type: ignore[arg-type]
+            return "pointwise" if torch.equal(part, whole[:, :half]) else "whole"
+
+    def score(self, states: Tensor, places: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of `tokens` at `places`.
+
+        Args:
+            states: (n, channels) hidden states behind the last layer.
+            places: (m,) index into states.
+            tokens: (m,) token ids.
+
+        Returns:
+            (m,) float32 log-likelihoods, and (m,) booleans: no other token is likelier.
+        """
+        if self.kind == "whole":
+            return self._score_whole(states, places, tokens)
+        assert self.linear is not None
+        entered = self.enter(states)
+        weight, bias = self.linear.weight, self.linear.bias
+        words = weight.shape[0]
+        step = max(256, min(words, SLICE.get(weight.device.type, SLICE["cuda"]) // max(1, len(states))))
+        device = weight.device
+        places, tokens = places.to(device), tokens.to(device)
+        top = torch.full((len(states),), -torch.inf, device=device)
+        mass = torch.zeros(len(states), device=device)
+        own = torch.zeros(len(tokens), device=device)
+        for low in range(0, words, step):
+            rows = slice(low, min(words, low + step))
+            piece = F.linear(entered, weight[rows], None if bias is None else bias[rows])
+            if self.kind == "pointwise":
+                piece = self._pointwise(entered, piece)
+            logits = piece.float()
+            inside = (tokens >= rows.start) & (tokens < rows.stop)
+            column = (tokens - rows.start).clamp(0, logits.shape[1] - 1)
+            own = torch.where(inside, logits[places, column], own)
+            peak = torch.maximum(top, logits.amax(-1))
+            anchor = torch.where(torch.isfinite(peak), peak, torch.zeros_like(peak))
+            mass = mass * torch.exp(top - anchor) + logits.sub_(anchor[:, None]).exp_().sum(-1)
+            top = peak
+        normaliser = torch.where(torch.isfinite(top), top, torch.zeros_like(top)) + mass.log()
+        return own - normaliser[places], own >= top[places]
+
+    def _pointwise(self, entered: Tensor, piece: Tensor) -> Tensor:
+        """What the model's forward does to a slice of logits."""
+        blank = torch.zeros(len(piece), self._state_width(), dtype=entered.dtype, device=entered.device)
+        return self._forward(blank, lambda _: piece[:, None])
+
+    def _state_width(self) -> int:
+        return int(next(p.shape[-1] for p in self.model.get_input_embeddings().parameters()))
+
+    def _score_whole(self, states: Tensor, places: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        values = torch.zeros(len(tokens), device=states.device)
+        greedy = torch.zeros(len(tokens), dtype=torch.bool, device=states.device)
+        places, tokens = places.to(states.device), tokens.to(states.device)
+        for low in range(0, len(states), 64):
+            logits = self._forward(states[low : low + 64]).float().to(states.device)
+            inside = (places >= low) & (places < low + 64)
+            row = (places - low).clamp(0, len(logits) - 1)
+            top = logits.amax(-1, keepdim=True)
+            normaliser = (top + (logits - top).exp().sum(-1, keepdim=True).log())[:, 0]
+            own = logits[row, tokens]
+            values = torch.where(inside, own - normaliser[row], values)
+            greedy = torch.where(inside, own >= top[row, 0], greedy)
+        return values, greedy

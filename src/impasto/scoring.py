@@ -1,0 +1,467 @@
+"""Log-likelihoods of many recipes on the same requests, each shared piece of work done once.
+
+What is shared: the tokens of the requests and the beginnings they have in common (`forest`), the model's masks and
+rotary tables per batch (`levels`), every layer call that recipes have in common (`trie`), and the head, which runs at
+the scored positions only, for several recipes at a time (`head`). The tree of recipes is walked depth first, so memory
+holds a hidden state per open branch, not per recipe.
+
+For one machine and one set of requests the numbers are reproducible bit for bit. Other requests beside them, or
+another token budget, change the shapes of the matrix products and with them the last bits; in float32 a
+log-likelihood moves by less than 1e-4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from impasto.anatomy import anatomy, quietly
+from impasto.edit import Edit
+from impasto.encoding import Encoder, Piece
+from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
+from impasto.forest import Forest, Node, batches, grow, lay_out
+from impasto.halves import halves
+from impasto.head import Head
+from impasto.levels import Level, call_layer, prepare, send
+from impasto.recipe import Recipe
+from impasto.result import Request
+from impasto.trie import Bundle, Symbol, count, naive_calls, next_symbols, plant, together
+from impasto.trie import Node as Place
+
+BUDGET = {"cpu": 2048, "cuda": 16384}  # padded tokens of one batch, before memory says otherwise
+HEAD_ROWS = 1024  # scored positions that the head takes at once
+
+States = list[Tensor]
+Wear = Callable[[int, tuple[Edit, ...]], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are answered: one row per recipe, one column per request."""
+
+    requests: NDArray[np.int64]  # indices into the requests that were asked, (q,)
+    loglikelihood: NDArray[np.float64]  # (recipes, q)
+    greedy: NDArray[np.bool_]  # (recipes, q)
+    tokens: NDArray[np.int64]  # scored tokens, (q,)
+    truncated: NDArray[np.bool_]  # (q,)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Answers of all recipes to all requests, in the order in which both were given."""
+
+    loglikelihood: NDArray[np.float64]  # (recipes, requests)
+    greedy: NDArray[np.bool_]
+    tokens: NDArray[np.int64]  # (requests,)
+    truncated: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a scoring run takes, before it is run."""
+
+    recipes: int
+    requests: int
+    layer_calls: int  # of the recipes one by one
+    shared_calls: int  # as they will be run
+    tokens: int  # of all requests, each sequence whole
+    shared_tokens: int  # as they will be run, padding included
+    positions: int  # scored positions of one recipe
+    batches: int
+    alive: int  # hidden states alive at once
+
+    @property
+    def cost(self) -> int:
+        """Layer calls times tokens: what one run of the layers takes, in units of one layer on one token."""
+        return self.shared_calls * self.shared_tokens
+
+    @property
+    def naive_cost(self) -> int:
+        """The same without any sharing or padding."""
+        return self.layer_calls * self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Which kinds of sharing are on; all of them, except to measure what each is worth."""
+
+    calls: bool = True  # common layer calls of recipes
+    contexts: bool = True  # common beginnings of requests
+    head: bool = True  # several recipes' positions in one product
+
+
+@dataclass
+class Scorer:
+    """Scores recipes on one loaded model.
+
+    Args:
+        model: a causal language model with one stack of layers.
+        tokenizer: its tokenizer.
+        budget: padded tokens per batch; halved by itself where memory does not suffice. None: by device.
+        sharing: which kinds of sharing to use.
+        wear: puts edits on a layer for the length of a `with` block.
+        window: longest input in tokens; None takes the harness's choice.
+        note: called with a sentence when something happens that the user should know.
+    """
+
+    model: nn.Module
+    tokenizer: object
+    budget: int | None = None
+    sharing: Sharing = field(default_factory=Sharing)
+    wear: Wear | None = None
+    window: int | None = None
+    note: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self.body = anatomy(self.model)
+        if self.model.get_output_embeddings() is None or not self.body.cached:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} does not predict next tokens, so texts cannot be scored with it"
+            )
+        self.device = self.model.get_input_embeddings().weight.device
+        if self.device.type == "meta":
+            self.device = self.model.device
+        if self.device.type == "cpu":
+            _keep_freed_memory()
+        if self.budget is None:
+            self.budget = BUDGET.get(self.device.type, BUDGET["cuda"])
+        self.encoder = Encoder(self.model, self.tokenizer, self.window)
+        self._head: Head | None = None
+
+    @property
+    def head(self) -> Head:
+        """The part behind the last layer; examined at its first use."""
+        if self._head is None:
+            self._head = Head(self.model, self.body)
+        return self._head
+
+    def trees(self, pieces: Sequence[Piece]) -> list[Node]:
+        """The common beginnings of the pieces."""
+        return grow([p.tokens for p in pieces], share=self.sharing.contexts and not self.body.stateful)
+
+    def plan(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> Work:
+        """What scoring these would take; runs nothing."""
+        pieces = self.encoder.pieces(requests)
+        packed = batches(self.trees(pieces), self.budget or 1)
+        counted = count(plant(recipes)) if self.sharing.calls else None
+        naive = naive_calls(recipes)
+        return Work(
+            recipes=len(recipes),
+            requests=len(requests),
+            layer_calls=naive,
+            shared_calls=counted.calls if counted else naive,
+            tokens=sum(len(p.tokens) for p in pieces),
+            shared_tokens=sum(lay_out(batch).padded for batch in packed),
+            positions=len({(p.tokens[: len(p.tokens) - k]) for p in pieces for k in range(len(p.targets))}),
+            batches=len(packed),
+            alive=counted.alive if counted else 2,
+        )
+
+    def score(
+        self,
+        recipes: Sequence[Recipe],
+        requests: Sequence[Request],
+        *,
+        on_batch: Callable[[Batch], None] | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Scores:
+        """Log-likelihood and greedy flag of every request under every recipe.
+
+        Args:
+            recipes: schedules with edits; their `model` text is not looked at.
+            requests: log-likelihood and rolling requests.
+            on_batch: called as soon as some requests are answered by all recipes, before the next are begun.
+            progress: called with the share of the work that is done, 0 to 1.
+
+        Raises:
+            OutOfMemory: a single sequence does not fit; what was answered before has gone to `on_batch`.
+        """
+        for recipe in recipes:
+            recipe.schedule.check(self.body.depth)
+            if recipe.edits and self.wear is None:
+                raise UsageError("these recipes have edits, and this scorer was made without a way to apply them")
+        if any(request.kind == "generate" for request in requests):
+            raise UsageError("requests that generate text are answered by impasto.generation, not by the scorer")
+        pieces = self.encoder.pieces(requests)
+        answers = _Answers(len(recipes), len(requests), pieces)
+        roots = [plant(recipes)] if self.sharing.calls else [_alone(recipes, i) for i in range(len(recipes))]
+        budget = self.budget or 1
+        queue = batches(self.trees(pieces), budget)
+        total = sum(lay_out(batch).padded for batch in queue)
+        done = 0
+        while queue:
+            batch = queue[0]
+            forest = lay_out(batch)
+            try:
+                values, greedy = self._run(roots, forest, pieces, len(recipes))
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                del error
+                _free(self.device)
+                budget = min(budget, forest.padded) // 2
+                smaller = batches([tree for rest in queue for tree in rest], max(1, budget))
+                if lay_out(smaller[0]).padded >= forest.padded:
+                    longest = max(len(p.tokens) for i, p in enumerate(pieces) if i in forest.ends)
+                    raise OutOfMemory(
+                        f"one sequence of {longest} tokens does not fit into the memory of {self.device}: use a "
+                        "smaller window or dtype, or a device with more memory"
+                    ) from None
+                self.note(f"out of memory: token budget halved to {budget}")
+                self.budget, queue = budget, smaller
+                total = done + sum(lay_out(rest).padded for rest in queue)
+                continue
+            queue.pop(0)
+            done += forest.padded
+            finished = answers.add(sorted(forest.ends), values, greedy)
+            if on_batch is not None and finished is not None:
+                on_batch(finished)
+            if progress is not None:
+                progress(done / total)
+        return answers.scores()
+
+    def _run(
+        self, roots: Sequence[Place], forest: Forest, pieces: Sequence[Piece], recipes: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Sums over each sequence of a batch, for all recipes: (recipes, sequences) values and greedy flags."""
+        with quietly(self.model):
+            levels = prepare(self.model, self.body, forest, self.device)
+            targets = _Targets(forest, pieces, self.device)
+            walk = _Walk(self, levels, targets, recipes)
+            for root in roots:
+                walk.visit([root], [level.hidden for level in levels])
+            return walk.finish()
+
+
+class _Targets:
+    """Where the scored positions of a batch are and which tokens they must predict."""
+
+    def __init__(self, forest: Forest, pieces: Sequence[Piece], device: torch.device) -> None:
+        self.sequences = sorted(forest.ends)
+        places: dict[tuple[int, int, int], int] = {}
+        place, token, owner = [], [], []
+        for column, s in enumerate(self.sequences):
+            targets = pieces[s].targets
+            for k, target in enumerate(targets):
+                where = forest.locate(s, len(targets) - 1 - k)
+                place.append(places.setdefault(where, len(places)))
+                token.append(target)
+                owner.append(column)
+        # positions are gathered level by level, so number them in that order
+        order = sorted(places, key=lambda where: where[0])
+        rank = {places[where]: i for i, where in enumerate(order)}
+        self.positions = len(order)
+        self.place = send(torch.tensor([rank[p] for p in place]), device)
+        self.token = send(torch.tensor(token), device)
+        self.owner = send(torch.tensor(owner), device)
+        self.by_level = [
+            (
+                send(torch.tensor([w[1] for w in order if w[0] == level], dtype=torch.long), device),
+                send(torch.tensor([w[2] for w in order if w[0] == level], dtype=torch.long), device),
+            )
+            for level in range(len(forest.levels))
+        ]
+
+    def gather(self, states: States) -> Tensor:
+        """The hidden states at the scored positions, (positions, channels)."""
+        picked = [
+            state[rows.to(state.device), columns.to(state.device)].to(states[0].device)
+            for state, (rows, columns) in zip(states, self.by_level, strict=True)
+        ]
+        return torch.cat(picked)
+
+
+class _Sum:
+    """The merge of a parallel group, taken branch by branch."""
+
+    def __init__(self, bundle: Bundle, states: States) -> None:
+        self.bundle = bundle
+        self.start = states
+        self.total: States | None = None
+
+    def add(self, states: States) -> None:
+        pairs = list(zip(states, self.start, strict=True))
+        if self.bundle.merge == "mean":
+            change = [out.float().to(h.device) for out, h in pairs]
+        else:
+            change = [out.float().to(h.device) - h.float() for out, h in pairs]
+        if self.total is None:
+            self.total = [c.clone() if c is out else c for c, (out, _) in zip(change, pairs, strict=True)]
+        else:
+            for total, c in zip(self.total, change, strict=True):
+                total.add_(c)
+
+    def finish(self) -> States:
+        assert self.total is not None
+        if self.bundle.merge == "mean":
+            return [
+                total.div_(len(self.bundle.branches)).to(h.dtype)
+                for total, h in zip(self.total, self.start, strict=True)
+            ]
+        return [(h.float() + total).to(h.dtype) for total, h in zip(self.total, self.start, strict=True)]
+
+
+class _Walk:
+    """One batch's walk over the tree of recipes."""
+
+    def __init__(self, scorer: Scorer, levels: Sequence[Level], targets: _Targets, recipes: int) -> None:
+        self.scorer = scorer
+        self.levels = levels
+        self.targets = targets
+        self.sums: dict[tuple[int, Bundle], _Sum] = {}
+        self.waiting: list[tuple[int, Tensor]] = []
+        shape = (recipes, len(targets.sequences))
+        self.values = torch.zeros(shape, dtype=torch.float64, device=scorer.device)
+        self.greedy = torch.ones(shape, dtype=torch.bool, device=scorer.device)
+
+    def call(self, symbol: Symbol, states: States) -> States:
+        scorer, layer = self.scorer, symbol.call.layer
+        with contextlib.ExitStack() as stack:
+            if symbol.edits and scorer.wear is not None:
+                stack.enter_context(scorer.wear(layer, symbol.edits))
+            if symbol.call.half != "whole":
+                split = halves(scorer.model, scorer.body, layer)
+                stack.enter_context(split.only(scorer.body.layers[layer], symbol.call.half))
+            return call_layer(scorer.body, layer, self.levels, states)
+
+    def visit(self, places: Sequence[Place], states: States) -> None:
+        """Everything that follows from one state; the last continuation is walked without recursion."""
+        while True:
+            here = together(places)
+            for place in here:
+                for recipe in place.recipes:
+                    self.arrive(recipe, states)
+                for owner, bundle in place.arrivals:
+                    self.sums[id(owner), bundle].add(states)
+            for place in here:
+                for bundle in place.bundles:
+                    self.sums[id(place), bundle] = _Sum(bundle, states)
+            following = list(next_symbols(here).items())
+            groups = [(place, bundle) for place in reversed(here) for bundle in place.bundles]
+            for symbol, children in following[: len(following) if groups else -1]:
+                self.visit(children, self.call(symbol, states))
+            for place, bundle in groups[:-1]:
+                self.visit([place.bundles[bundle]], self.sums.pop((id(place), bundle)).finish())
+            if groups:
+                place, bundle = groups[-1]
+                places, states = [place.bundles[bundle]], self.sums.pop((id(place), bundle)).finish()
+            elif following:
+                symbol, places = following[-1]
+                states = self.call(symbol, states)
+            else:
+                return
+
+    def arrive(self, recipe: int, states: States) -> None:
+        self.waiting.append((recipe, self.targets.gather(states)))
+        together = self.scorer.sharing.head
+        if not together or (len(self.waiting) + 1) * self.targets.positions > HEAD_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the waiting positions through the head."""
+        if not self.waiting:
+            return
+        targets, n = self.targets, self.targets.positions
+        recipes = torch.tensor([recipe for recipe, _ in self.waiting]).to(self.values.device)
+        states = torch.cat([states for _, states in self.waiting])
+        shift = n * torch.arange(len(recipes), device=targets.place.device)[:, None]
+        places = (targets.place[None] + shift).reshape(-1)
+        tokens = targets.token.repeat(len(recipes))
+        values, greedy = self.scorer.head.score(states, places, tokens)
+        values = values.to(self.values.device, torch.float64).reshape(len(recipes), -1)
+        greedy = greedy.to(self.values.device).reshape(len(recipes), -1)
+        sums = torch.zeros(len(recipes), self.values.shape[1], dtype=torch.float64, device=self.values.device)
+        self.values[recipes] = sums.index_add_(1, targets.owner, values)
+        missed = torch.zeros_like(sums).index_add_(1, targets.owner, (~greedy).double())
+        self.greedy[recipes] = missed == 0
+        self.waiting = []
+
+    def finish(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        self.flush()
+        values: NDArray[np.float64] = self.values.cpu().numpy()
+        greedy: NDArray[np.bool_] = self.greedy.cpu().numpy()
+        return values, greedy
+
+
+class _Answers:
+    """Collects sums of pieces until all pieces of a request are there."""
+
+    def __init__(self, recipes: int, requests: int, pieces: Sequence[Piece]) -> None:
+        self.pieces = pieces
+        self.values = np.zeros((recipes, requests))
+        self.greedy = np.ones((recipes, requests), dtype=bool)
+        self.tokens = np.zeros(requests, dtype=np.int64)
+        self.truncated = np.zeros(requests, dtype=bool)
+        self.left = np.zeros(requests, dtype=np.int64)
+        for piece in pieces:
+            self.left[piece.request] += 1
+            self.tokens[piece.request] += len(piece.targets)
+            self.truncated[piece.request] |= piece.truncated
+
+    def add(self, sequences: Sequence[int], values: NDArray[np.float64], greedy: NDArray[np.bool_]) -> Batch | None:
+        finished = []
+        for column, s in enumerate(sequences):
+            request = self.pieces[s].request
+            self.values[:, request] += values[:, column]
+            self.greedy[:, request] &= greedy[:, column]
+            self.left[request] -= 1
+            if self.left[request] == 0:
+                finished.append(request)
+        if not finished:
+            return None
+        chosen = np.array(finished, dtype=np.int64)
+        return Batch(
+            chosen,
+            self.values[:, chosen],
+            self.greedy[:, chosen],
+            self.tokens[chosen],
+            self.truncated[chosen],
+        )
+
+    def scores(self) -> Scores:
+        return Scores(self.values, self.greedy, self.tokens, self.truncated)
+
+
+def _alone(recipes: Sequence[Recipe], index: int) -> Place:
+    """A tree with one recipe, numbered as in the whole list."""
+    root = plant([recipes[index]])
+    place = root
+    while not place.recipes:
+        place = next(iter([*place.symbols.values(), *place.bundles.values()]))
+    place.recipes = [index]
+    return root
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of handing them back to the system after every matrix product.
+
+    Without this every large temporary costs its page faults anew; a vocabulary-wide product was measured to take
+    1.7 times as long. Elsewhere than on glibc nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
