@@ -1,16 +1,17 @@
 """A table of tiny models, one per family, built from configs: what every law about models is tested on.
 
 Six layers of width 64 with random weights; the seed and a little noise on every parameter make their outputs differ
-visibly. `build(name)` caches nothing, so a test may change the model it gets.
+visibly. `build(name)` caches nothing, so a test may change the model it gets; `shared(name)` gives everyone the same.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 DEPTH = 6
@@ -59,16 +60,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 64, "n_layers": DEPTH, "n_heads": 4, "hidden_dim": 128},
     "electra": {"embedding_size": 64},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * (DEPTH // 2)},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8,
+                     "hidden_size_per_layer_input": 8, "intermediate_size": [128] * DEPTH, "altup_num_inputs": 2,
+                     "activation_sparsity_pattern": [0.0] * DEPTH,
+                     "layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2)},
+    "gemma2": {"layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2)},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2)},
+    "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2)},
     "vit": {"image_size": 16, "patch_size": 4, "num_channels": 3},
 }
 
 DECODERS = tuple(
-    "llama qwen2 qwen3 gemma gemma2 gemma3_text mistral mixtral phi phi3 gpt2 gpt_neox opt stablelm olmo olmo2 "
-    "starcoder2 cohere cohere2 granite qwen2_moe qwen3_moe smollm3 gpt_oss xglm nemotron glm glm4 persimmon helium "
-    "exaone4 ernie4_5 hunyuan_v1_dense seed_oss arcee apertus lfm2 llama4_text gemma4_text "
-    "gptj bloom falcon codegen mpt gpt_neo deepseek_v3".split()
+    ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "phi", "phi3", "gpt2", "gpt_neox", "opt", "stablelm", "olmo", "olmo2", "starcoder2", "cohere", "cohere2", "granite", "qwen2_moe", "qwen3_moe", "smollm3", "gpt_oss", "xglm", "nemotron", "glm", "glm4", "persimmon", "helium", "exaone4", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "arcee", "apertus", "lfm2", "llama4_text", "gemma3n_text", "gemma4_text", "gptj", "bloom", "falcon", "codegen", "mpt", "gpt_neo", "deepseek_v3"]
 )
-ENCODERS = tuple("bert roberta distilbert electra modernbert deberta-v2".split())
+ENCODERS = tuple(["bert", "roberta", "distilbert", "electra", "modernbert", "deberta-v2"])
 VISION = ("vit",)
 FAMILIES = DECODERS + ENCODERS + VISION
 
@@ -109,4 +115,7 @@ def inputs(family: str, batch: int = 2, length: int = 24) -> dict[str, torch.Ten
     return {"input_ids": torch.randint(3, VOCABULARY, (batch, length), generator=generator)}
 
 
-__all__ = ["DECODERS", "DEPTH", "ENCODERS", "FAMILIES", "VISION", "VOCABULARY", "AutoConfig", "build", "config", "inputs"]
+@functools.cache
+def shared(family: str) -> Any:
+    """The model of a family that all tests share; a test that uses it leaves it as it was."""
+    return build(family)

@@ -240,7 +240,7 @@ def result(recipe: Recipe, task: str = "arc", accuracy: float = 0.5) -> Result:
         scores={"acc,none": (1.0, 0.0, 1.0, 0.0), "ll,none": (-1.5, None, -2.0, -math.inf)},
         nonfinite=1,
         truncated=2,
-        info={"version": 1.0, "num_fewshot": 5, "higher_is_better": {"acc": True}, "chance": 0.25},
+        info={"version": 1.0, "shots": 5, "metric": "acc,none", "higher_is_better": True, "chance": 0.25},
     )
 
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from impasto.errors import UnsupportedModel
 from impasto.slots import SlotView
-from impasto.taps import Context, hidden_of, real_call, tapped
+from impasto.taps import Context, hidden_of, real_call, same, tapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,7 @@ class Anatomy:
         return sum(p.numel() for p in self.layers[layer].parameters())
 
 
+_STATES = frozenset({"cache_params", "mems", "state"})  # arguments by which models take what is not a KV cache
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
 
 
@@ -93,16 +94,18 @@ def anatomy(model: nn.Module) -> Anatomy:
         UnsupportedModel: a schedule of layers cannot express what this model does; says what was found.
     """
     known = _KNOWN.get(model)
-    if known is None or any(
-        a is not b for a, b in zip(known.layers, _modules(model, known.path), strict=False)
-    ):
+    if known is None or not _up_to_date(model, known):
         known = _examine(model)
         _KNOWN[model] = known
     return known
 
 
-def _modules(model: nn.Module, path: str) -> list[nn.Module]:
-    return list(model.get_submodule(path).children())
+def _up_to_date(model: nn.Module, known: Anatomy) -> bool:
+    try:
+        layers = tuple(model.get_submodule(known.path).children())
+    except AttributeError:
+        return False
+    return len(layers) == known.depth and all(a is b for a, b in zip(layers, known.layers, strict=True))
 
 
 def text_config(model: nn.Module) -> Any:
@@ -144,9 +147,7 @@ def probe_inputs(model: nn.Module, length: int = 5) -> dict[str, Tensor]:
         pixels = torch.linspace(-1, 1, config.num_channels * height * width, device=device)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         return {name: pixels.reshape(1, config.num_channels, height, width).to(dtype)}
-    raise UnsupportedModel(
-        f"{type(model).__name__} takes {name!r}; impasto can probe token ids and pixels only"
-    )
+    raise UnsupportedModel(f"{type(model).__name__} takes {name!r}; impasto can probe token ids and pixels only")
 
 
 class _Spy(SlotView):
@@ -166,20 +167,14 @@ def _examine(model: nn.Module) -> Anatomy:
     config = text_config(model)
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{kind} has two stacks of layers (an encoder and a decoder); a schedule describes one"
-        )
+        raise UnsupportedModel(f"{kind} has two stacks of layers (an encoder and a decoder); a schedule describes one")
     depth = getattr(config, "num_hidden_layers", None)
     if not depth:
-        raise UnsupportedModel(
-            f"the config of {kind} does not say how many layers there are (num_hidden_layers)"
-        )
+        raise UnsupportedModel(f"the config of {kind} does not say how many layers there are (num_hidden_layers)")
     lists = {
         name: tuple(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and any(True for _ in module.parameters())
+        if isinstance(module, nn.ModuleList) and len(module) == depth and any(True for _ in module.parameters())
     }
     if not lists:
         raise UnsupportedModel(
@@ -187,21 +182,20 @@ def _examine(model: nn.Module) -> Anatomy:
         )
     modules = [module for members in lists.values() for module in members]
     if len(set(map(id, modules))) != len(modules):
-        raise UnsupportedModel(
-            f"{kind} uses one and the same block at several depths; such layers have no number"
-        )
+        raise UnsupportedModel(f"{kind} uses one and the same block at several depths; such layers have no number")
     heard = _Listener(modules)
     arguments = frozenset(inspect.signature(model.forward).parameters)
-    if "cache_params" in arguments:
+    if states := sorted(arguments & _STATES):
         raise UnsupportedModel(
-            f"{kind} carries a recurrent state from token to token; slots for it do not exist"
+            f"{kind} carries a state of its own from token to token ({', '.join(states)}); a slot per call is defined "
+            "for keys and values only"
         )
     options: dict[str, Any] = {}
     cached = "past_key_values" in arguments
     if cached and "use_cache" in arguments:
         options["use_cache"] = True
     with quietly(model), tapped(modules, heard):
-        model(**probe_inputs(model), **options)
+        _probe(model, options)
     starts = {name: heard.position(members[0]) for name, members in lists.items()}
     called = [name for name in lists if any(heard.position(m) in heard.order for m in lists[name])]
     if len(called) != 1:
@@ -219,7 +213,7 @@ def _examine(model: nn.Module) -> Anatomy:
         )
     heard.check_chain(kind, first)
     stateful = heard.check_state(kind, first, depth)
-    return Anatomy(
+    body = Anatomy(
         path=path,
         layers=layers,
         returns=tuple(heard.returns[first + i] for i in range(depth)),
@@ -227,6 +221,47 @@ def _examine(model: nn.Module) -> Anatomy:
         stateful=stateful,
         arguments=arguments,
     )
+    _check_replay(model, body, heard.ends[-1][1])
+    return body
+
+
+def _probe(model: nn.Module, options: dict[str, Any]) -> None:
+    """One forward pass over a few tokens."""
+    inputs = probe_inputs(model)
+    try:
+        model(**inputs, **options)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not run on a few {next(iter(inputs))} alone: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_replay(model: nn.Module, body: Anatomy, expected: Tensor) -> None:
+    """Calling all layers at the end, each as the model called it, must give what the model's own loop gives."""
+    contexts: list[Context] = []
+    results: list[Tensor] = []
+
+    def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden, context = Context.split(args, kwargs)
+        contexts.append(context)
+        if index == body.depth - 1:
+            for layer, own in zip(body.layers, contexts, strict=True):
+                args, kwargs = own.join(hidden)
+                hidden = hidden_of(real_call(layer, args, kwargs))
+            results.append(hidden)
+        return body.wrap(index, hidden)
+
+    with quietly(model), tapped(body.layers, record):
+        _probe(model, {"use_cache": False} if "use_cache" in body.arguments else {})
+    result, scale = results[0].float(), expected.abs().max().item()
+    tolerance = 64 * torch.finfo(expected.dtype).eps * scale
+    if not torch.allclose(result, expected.float(), rtol=0, atol=tolerance):
+        raise UnsupportedModel(
+            f"{type(model).__name__} hands more than the hidden state from layer to layer, so its layers cannot run in "
+            "another order"
+        )
 
 
 class _Listener:
@@ -263,7 +298,7 @@ class _Listener:
     def check_chain(self, kind: str, first: int) -> None:
         """Each layer must read exactly what the layer before it wrote."""
         for i, ((_, out), (into, _)) in enumerate(zip(self.ends, self.ends[1:], strict=False)):
-            if into is not out and not (into.shape == out.shape and torch.equal(into, out.to(into.device))):
+            if not same(into, out):
                 raise UnsupportedModel(
                     f"{kind} changes the hidden state between layers {i} and {i + 1}, outside of any layer; "
                     "a schedule would lose that change"
@@ -279,8 +314,8 @@ class _Listener:
         if any(used) and not all(used):
             silent = [i for i, names in enumerate(used) if not names]
             raise UnsupportedModel(
-                f"{kind} shares keys and values between layers: layers {silent} write none of their own, "
-                "so they cannot run apart from the layers they read"
+                f"layers {silent} of {kind} write no keys and values of their own: they read those of another layer, "
+                "or keep a state of another form, so they cannot run in any order"
             )
         recurrent = [i for i, names in enumerate(used) if any("recurrent" in n or "ssm" in n for n in names)]
         if recurrent:

@@ -144,9 +144,7 @@ class Database:
         if empty and self.readonly:
             raise StoreError(f"{self.path} is empty: no run has written to it yet")
         if not empty and application != APPLICATION_ID:
-            raise StoreError(
-                f"{self.path} is an SQLite file, but not one of impasto's: choose another run folder"
-            )
+            raise StoreError(f"{self.path} is an SQLite file, but not one of impasto's: choose another run folder")
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"{self.path} was written by a newer impasto (format {version}; this one reads up to "

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
@@ -129,10 +129,10 @@ def _lm_eval_document(
             for result in results
         },
         "group_subtasks": {},
-        "configs": {task: info[task].get("config", {}) for task in info},
+        "configs": {task: _config(task, info[task]) for task in info},
         "versions": {task: info[task].get("version") for task in info},
-        "n-shot": {task: info[task].get("num_fewshot", 0) for task in info},
-        "higher_is_better": {task: info[task].get("higher_is_better", {}) for task in info},
+        "n-shot": {task: info[task].get("shots") or 0 for task in info},
+        "higher_is_better": {task: _direction(info[task]) for task in info},
         "n-samples": {
             result.task: {"original": info[result.task].get("original", result.n), "effective": result.n}
             for result in results
@@ -187,6 +187,17 @@ def _lm_eval_document(
             "command": list(run.command) if run else None,
         },
     }
+
+
+def _config(task: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    return {"task": task, "num_fewshot": info.get("shots") or 0, "metadata": {"version": info.get("version")}}
+
+
+def _direction(info: Mapping[str, Any]) -> dict[str, bool]:
+    """Which way the main metric improves, without the name of the filter, as the harness says it."""
+    if "metric" not in info or "higher_is_better" not in info:
+        return {}
+    return {str(info["metric"]).partition(",")[0]: bool(info["higher_is_better"])}
 
 
 def _standard_errors(result: Result) -> dict[str, float | str]:

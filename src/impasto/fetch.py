@@ -29,7 +29,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -38,10 +38,9 @@ from typing import Any, Literal
 from impasto.errors import FetchError, UsageError
 from impasto.result import digest
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
+_flock: Any = None  # a lock that ends with its process, where the system has one
+with suppress(ImportError):
+    import fcntl as _flock
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: unknown)
 Notice = Callable[[str], None]  # one line for the user to read
@@ -318,13 +317,13 @@ def locked(path: Path, progress: Progress | None = None) -> Iterator[None]:
     """
     say = progress or (lambda what, done, total: None)
     waiting = "waiting for another impasto that is fetching the same"
-    if fcntl is not None:
+    if _flock is not None:
         with path.open("a") as handle:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock.flock(handle, _flock.LOCK_EX | _flock.LOCK_NB)
             except BlockingIOError:
                 say(waiting, 0, 0)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                _flock.flock(handle, _flock.LOCK_EX)
             yield
         return
     while True:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from impasto.anatomy import Anatomy, probe_inputs, quietly
 from impasto.errors import UnsupportedModel
 from impasto.taps import Context, hidden_of, real_call, tapped
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # where a block keeps what runs it again in the backward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +61,26 @@ class Halves:
 
     @contextlib.contextmanager
     def only(self, block: nn.Module, half: str) -> Iterator[None]:
-        """Inside, `block` runs its `half` ("attn" or "mlp") alone."""
-        mute = self.mlp if half == "attn" else self.attention
-        with _muted(block, (mute,)):
-            yield
+        """Inside, `block` runs its `half` ("attn" or "mlp") alone; so it does when checkpointing runs it again."""
+        mutes = (self.mlp if half == "attn" else self.attention,)
+        checkpoint = block.__dict__.get(_CHECKPOINT)
+
+        def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def again(*inputs: Any, **options: Any) -> Any:
+                with _muted(block, mutes):
+                    return function(*inputs, **options)
+
+            return checkpoint(again, *args, **kwargs)  # type: ignore[misc]
+
+        with _muted(block, mutes):
+            if checkpoint is None:
+                yield
+                return
+            block.__dict__[_CHECKPOINT] = checkpointed
+            try:
+                yield
+            finally:
+                block.__dict__[_CHECKPOINT] = checkpoint
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, Halves] = weakref.WeakKeyDictionary()
@@ -155,9 +173,7 @@ def _children(block: nn.Module, run: Any, hidden: Tensor, where: str) -> tuple[l
     attention = mixing[0]
     rest = [i for i in heavy if i != attention]
     if not rest:
-        raise UnsupportedModel(
-            f"{where} has no child with weights beside '{names[attention]}', so it has no MLP half"
-        )
+        raise UnsupportedModel(f"{where} has no child with weights beside '{names[attention]}', so it has no MLP half")
     return _mutes(names[attention], *plain[attention]), _mutes(names[rest[-1]], *plain[rest[-1]])
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from impasto import fetch
-from impasto.errors import FetchError, OutOfMemory, UnknownModel, UnsupportedModel, UsageError
+from impasto.errors import FetchError, ImpastoError, OutOfMemory, UnknownModel, UnsupportedModel, UsageError
 from impasto.result import Setting
 
 EXACT = 2 << 30  # bytes of float32 up to which a de-quantised model is stored without rounding
@@ -71,7 +72,8 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        return next(self.model.parameters()).device
+        place: torch.device = next(self.model.parameters()).device
+        return place
 
 
 def load(
@@ -110,6 +112,7 @@ def load(
     name, target = str(ref), _device(device)
     wanted = _dtype_named(dtype)
     place = _find(name, progress, notice)
+    folder: Path | str
     with _quiet():
         if isinstance(place, Path) and place.is_file():
             weights = _file_hash(place, progress)
@@ -338,7 +341,7 @@ def _dequantise(file: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    with _parsed_once():
+    with _parsed_once(), contextlib.redirect_stderr(io.StringIO()):
         config = AutoConfig.from_pretrained(**where)
         kind = _auto_class(config, trust_remote_code=False)
         with torch.device("meta"):
@@ -436,10 +439,10 @@ def _module_hash(model: Any) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' and the hub client's progress bars, log lines and warnings, and restore them."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    level, bars, hub = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -451,7 +454,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-        if hub:
+        if hub_bars:
             enable_progress_bars()
 
 
@@ -462,7 +465,9 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as problem:
         raise OutOfMemory(f"{name} does not fit: try --dtype bfloat16, another device or a smaller model") from problem
-    except (OSError, ValueError, ImportError, KeyError, NotImplementedError, RuntimeError) as problem:
+    except ImpastoError:
+        raise
+    except Exception as problem:  # tokenizers raises bare ones
         kinds, text = _chain(problem)
         if isinstance(problem, OSError) and problem.errno is not None:
             raise
@@ -490,7 +495,12 @@ def _explained(name: str) -> Iterator[None]:
             raise UsageError(
                 f"{name} brings its own code, which runs only with --trust-remote-code (read it first)"
             ) from problem
-        raise UnsupportedModel(f"{name} cannot be loaded: {str(problem).strip().splitlines()[0][:300]}") from problem
+        raise UnsupportedModel(f"{name} cannot be loaded: {_first_line(problem)}") from problem
+
+
+def _first_line(problem: Exception) -> str:
+    text = str(problem).strip()
+    return text.splitlines()[0][:300] if text else type(problem).__name__
 
 
 def _chain(problem: BaseException | None) -> tuple[set[str], str]:

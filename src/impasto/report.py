@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +45,21 @@ def render(page: Page, pictures: Mapping[str, plots.Picture] | None = None, file
     facts = {name: text for name, text in page.facts.items() if name.lower() != "command"}
     command = next((text for name, text in page.facts.items() if name.lower() == "command"), "")
     numbering = {each.figure.key: each.number for each in shown}
-    return _environment().get_template("report.html.j2").render(
-        page=page,
-        answers=[_Answered.of(answer, numbering) for answer in page.answers],
-        tally=_tally(page.answers),
-        sections=_sections(shown),
-        tables=[_table(title, rows) for title, rows in page.tables],
-        facts=facts,
-        command=command,
-        light=plots.LIGHT,
-        dark=plots.DARK,
-        files=files,
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            page=page,
+            answers=[_Answered.of(answer, numbering) for answer in page.answers],
+            tally=_tally(page.answers),
+            sections=_sections(shown),
+            tables=[_table(title, rows) for title, rows in page.tables],
+            facts=facts,
+            command=command,
+            light=plots.LIGHT,
+            dark=plots.DARK,
+            files=files,
+        )
     )
 
 
@@ -81,7 +84,7 @@ def write(page: Page, folder: Path | str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fresh.write_text(render(page, pictures, files="figures"), encoding="utf-8")
-        os.replace(fresh, target)
+        fresh.replace(target)
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error.strerror or error}") from error
     return target
@@ -182,9 +185,7 @@ def _sections(shown: Sequence[_Shown]) -> list[_Section]:
     """Figures grouped by the option `section`, each heading once, in the order of first appearance."""
     titles = dict.fromkeys(_heading(each.figure) for each in shown)
     return [
-        _Section(
-            f"section-{place + 1}", title, tuple(each for each in shown if _heading(each.figure) == title)
-        )
+        _Section(f"section-{place + 1}", title, tuple(each for each in shown if _heading(each.figure) == title))
         for place, title in enumerate(titles)
     ]
 
@@ -212,9 +213,7 @@ def _bar(estimate: Estimate) -> _Bar | None:
         at = estimate.value if value is None or not math.isfinite(value) else value
         return round(6 + 88 * (at - low) / room, 2)
 
-    return _Bar(
-        place(estimate.value), place(estimate.low), place(estimate.high), place(0.0), _estimate(estimate)
-    )
+    return _Bar(place(estimate.value), place(estimate.low), place(estimate.high), place(0.0), _estimate(estimate))
 
 
 def _estimate(estimate: Estimate | None) -> str:
@@ -232,7 +231,7 @@ def short(value: float) -> str:
         >>> short(-0.12345), short(1234.5), short(3)
         ('\u22120.123', '1,234', '3')
     """
-    if isinstance(value, numbers.Integral) or not math.isfinite(value):
+    if isinstance(value, int) or not math.isfinite(value):
         text = f"{value:,}"
     elif value != 0 and (abs(value) < 0.001 or abs(value) >= 1e6):
         text = f"{value:.2e}"
@@ -258,9 +257,7 @@ def _table(title: str, rows: tuple[Row, ...]) -> _Table:
     numeric = tuple(
         all(row.get(field) is None or isinstance(row[field], numbers.Real) for row in rows) for field in header
     )
-    return _Table(
-        title, header, numeric, tuple(tuple(_cell(row.get(field)) for field in header) for row in rows)
-    )
+    return _Table(title, header, numeric, tuple(tuple(_cell(row.get(field)) for field in header) for row in rows))
 
 
 _GRIDS = {"matrix": ("row", "column"), "heatmap": ("y", "x")}
@@ -287,9 +284,7 @@ def _grid(title: str, down: str, across: str, rows: Sequence[Row]) -> _Table:
     values: dict[tuple[Any, Any], object] = {(row.get(down), row.get(across)): row.get("value") for row in rows}
     lines, columns = (_sorted(row.get(field) for row in rows) for field in (down, across))
     header = (f"{down} \\ {across}", *(_cell(column) for column in columns))
-    body = tuple(
-        (_cell(line), *(_cell(values.get((line, column))) for column in columns)) for line in lines
-    )
+    body = tuple((_cell(line), *(_cell(values.get((line, column))) for column in columns)) for line in lines)
     return _Table(title, header, (True,) * len(header), body)
 
 

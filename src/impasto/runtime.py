@@ -8,7 +8,9 @@ masks, rotary tables, final norm and head are the model's own; there is no per-m
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,11 +22,12 @@ from impasto.anatomy import Anatomy, anatomy
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.halves import halves
 from impasto.schedule import Schedule
-from impasto.slots import MeanSlot, SlotView, lay_out
+from impasto.slots import MeanSlot, SlotView, count, lay_out
 from impasto.steps import Call, Group, Step, leaves
-from impasto.taps import Context, hidden_of, real_call, tapped
+from impasto.taps import Context, hidden_of, real_call, same, tapped
 
 KV = Literal["exact", "mean"]
+_GENERATION = ("_valid_auto_compile_criteria", "_cache")  # what `generate` looks up on the model itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,9 @@ def scheduled(
             model.generate(**inputs)  # and anything else that calls the model
 
     Inside, the model is used as always: forward, `generate` with any cache, training through it. Its
-    `hidden_states` are those of the layer *calls*. On leaving it is as before, bit for bit, also after an error.
+    `hidden_states` are those of the layer *calls*: the embeddings, one state per call, the last one as the model
+    itself makes it (behind its final norm, where it has one). On leaving it is as before, bit for bit, also after an
+    error. Several threads may run forward passes at once. A cache belongs to the schedule that filled it.
 
     Args:
         model: a Hugging Face model with one stack of layers.
@@ -65,119 +70,147 @@ def scheduled(
     Raises:
         NotationError: the schedule does not fit this model.
         UnsupportedModel: the model's layers cannot be scheduled, or a block cannot be halved.
+        UsageError: the model already runs under a schedule, or `kv="mean"` does not fit this one.
     """
     body = anatomy(model)
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, layers=body.depth)
     schedule.check(body.depth)
     player = Player(model, body, schedule, kv, probe)
-    with _generation_settings(model), _hidden_states(model, body, player), tapped(body.layers, player):
+    if any("_impasto_tap" in layer.__dict__ for layer in body.layers):
+        raise UsageError("this model already runs under a schedule: leave that `with` block first")
+    with _generation_settings(model), _whole_passes(model, body, player), tapped(body.layers, player):
         yield model
+
+
+class _Pass(threading.local):
+    """What is known of the forward pass that runs in this thread."""
+
+    def __init__(self) -> None:
+        self.begin(wanted=False)
+
+    def begin(self, wanted: bool) -> None:
+        self.contexts: list[Context] = []
+        self.entering: Tensor | None = None
+        self.played = False
+        self.slot = self.place = 0
+        self.states: list[Tensor] | None = [] if wanted else None  # outputs of the calls
+        self.extras: list[Any] = []  # what the calls return beside their hidden states
 
 
 class Player:
     """Records one forward pass's layer contexts, then plays the schedule on them."""
 
-    def __init__(
-        self, model: nn.Module, body: Anatomy, schedule: Schedule, kv: KV, probe: Probe | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, body: Anatomy, schedule: Schedule, kv: KV, probe: Probe | None = None) -> None:
         if kv not in ("exact", "mean"):
             raise UsageError(f"kv is 'exact' or 'mean', not {kv!r}")
-        self.model = model
         self.body = body
         self.schedule = schedule
         self.kv = kv
         self.probe = probe
-        self.slots = _slot_layers(schedule.steps, kv)
+        self.slots = _slots(schedule.steps, kv)
         self.halves = {
-            call.layer: halves(model, body, call.layer)
-            for call in leaves(schedule.steps)
-            if call.half != "whole"
+            call.layer: halves(model, body, call.layer) for call in leaves(schedule.steps) if call.half != "whole"
         }
         self.key = f"{schedule.fingerprint}/{kv}"
-        self.contexts: list[Context] = []
-        self.entering: Tensor | None = None
-        self.states: list[Tensor] | None = None  # outputs of the calls, where the caller wants hidden_states
-        self.slot = 0
-        self.place = 0
+        self.now = _Pass()
+        # Muting half of a block changes the block for everyone, so then only one thread at a time may call it.
+        self.turn: contextlib.AbstractContextManager[Any] = threading.RLock() if self.halves else nullcontext()
 
     def __call__(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model calls layer `index`: remember how, and on the last one play the schedule."""
         hidden, context = Context.split(args, kwargs)
+        now = self.now
         if index == 0:
-            self.contexts, self.entering = [], hidden
-        if index != len(self.contexts):
+            now.contexts = []
+        elif index != len(now.contexts):
             raise UnsupportedModel(
-                f"layer {index} was called after {len(self.contexts)} others: the model skipped layers by itself"
+                f"layer {index} was called after {len(now.contexts)} others: the model skips layers by itself"
             )
-        if hidden is not self.entering:
-            raise UnsupportedModel(
-                f"the model changed the hidden state before layer {index}, outside of any layer"
-            )
-        self.contexts.append(context)
+        elif now.entering is None or not same(hidden, now.entering):
+            raise UnsupportedModel(f"the model changed the hidden state before layer {index}, outside of any layer")
+        now.contexts.append(context)
+        now.entering = hidden
         if index == self.body.depth - 1:
-            hidden = self.run(hidden)
-            self.contexts, self.entering = [], None
+            try:
+                hidden = self.run(hidden)
+            finally:
+                now.contexts, now.entering = [], None
+            now.played = True
         return self.body.wrap(index, hidden)
 
     def run(self, hidden: Tensor) -> Tensor:
         """Play the whole schedule on the embeddings `hidden`."""
-        cache = next((v for v in self.contexts[0].values() if isinstance(v, Cache)), None)
+        cache = self.cache()
         if cache is not None:
             lay_out(cache, self.slots, self.body.depth, self.key)
-        self.slot = self.place = 0
+            count(cache, hidden)
+        self.now.slot = self.now.place = 0
         self.tell(None, hidden)
         return self.series(self.schedule.steps, hidden)
 
+    def cache(self) -> Cache | None:
+        """The cache that the model handed to its layers in this pass."""
+        return next((v for v in self.now.contexts[0].values() if isinstance(v, Cache)), None)
+
     def tell(self, step: Step | None, hidden: Tensor) -> None:
+        """Hand a new hidden state to whoever wants it."""
         if self.probe is not None:
-            self.probe(Event(self.place, step, hidden))
-        self.place += 1
-        if self.states is not None and not isinstance(step, Group):
-            self.states.append(hidden)
+            self.probe(Event(self.now.place, step, hidden))
+        self.now.place += 1
+        if self.now.states is not None and not isinstance(step, Group):
+            self.now.states.append(hidden)
 
     def series(self, steps: tuple[Step, ...], hidden: Tensor) -> Tensor:
+        """Play steps one after the other."""
         for step in steps:
             hidden = self.call(step, hidden) if isinstance(step, Call) else self.group(step, hidden)
         return hidden
 
     def call(self, call: Call, hidden: Tensor, shared: MeanSlot | None = None) -> Tensor:
-        slot = self.slot
+        """Call one layer, or half of it, in a slot of its own or in the `shared` one of its group."""
+        slot = self.now.slot
         if shared is None and call.half != "mlp":
-            self.slot += 1
+            self.now.slot += 1
 
         def seen(value: Any) -> Any:
             if isinstance(value, Cache):
-                return shared.member() if shared is not None else SlotView(value, slot)
+                return shared.member() if shared is not None else SlotView(value, slot, self.body.depth)
             return value
 
-        args, kwargs = self.contexts[call.layer].map(seen).join(hidden)
+        args, kwargs = self.now.contexts[call.layer].map(seen).join(hidden)
         block = self.body.layers[call.layer]
-        if call.half == "whole":
-            output = hidden_of(real_call(block, args, kwargs))
-        else:
-            with self.halves[call.layer].only(block, call.half):
-                output = hidden_of(real_call(block, args, kwargs))
-        self.tell(call, output)
-        return output
+        with self.turn:
+            if call.half == "whole":
+                output = real_call(block, args, kwargs)
+            else:
+                with self.halves[call.layer].only(block, call.half):
+                    output = real_call(block, args, kwargs)
+        if self.now.states is not None or isinstance(output, tuple | list):
+            self.now.extras.append(_attention(output))
+        hidden = hidden_of(output)
+        self.tell(call, hidden)
+        return hidden
 
     def group(self, group: Group, hidden: Tensor) -> Tensor:
-        shared = self.shared_slot(group)
+        """Play the branches of a group on one and the same input and merge what they make of it."""
+        shared = self.shared_slot()
         if shared is None:
             outputs = [self.series(branch, hidden) for branch in group.branches]
         else:
-            calls = [step for branch in group.branches for step in branch if isinstance(step, Call)]
-            outputs = [self.call(call, hidden, shared) for call in calls]
+            outputs = [self.call(call, hidden, shared) for call in leaves((group,))]
             shared.write()
         merged = merge(outputs, hidden, group.merge)
         self.tell(group, merged)
         return merged
 
-    def shared_slot(self, group: Group) -> MeanSlot | None:
-        cache = next((v for v in self.contexts[0].values() if isinstance(v, Cache)), None)
+    def shared_slot(self) -> MeanSlot | None:
+        """The next slot, for all members of a group, where that is asked for."""
+        cache = self.cache()
         if self.kv == "exact" or cache is None:
             return None
-        self.slot += 1
-        return MeanSlot(cache, self.slot - 1)
+        self.now.slot += 1
+        return MeanSlot(cache, self.now.slot - 1, self.body.depth)
 
 
 def merge(outputs: list[Tensor], hidden: Tensor, how: str) -> Tensor:
@@ -195,59 +228,62 @@ def merge(outputs: list[Tensor], hidden: Tensor, how: str) -> Tensor:
     return (wide + sum(out.float() - wide for out in outputs)).to(hidden.dtype)
 
 
-def _slot_layers(steps: tuple[Step, ...], kv: KV) -> tuple[int, ...]:
-    """The layer in each cache slot, in the order of the calls."""
-    slots: list[int] = []
+def _slots(steps: tuple[Step, ...], kv: KV) -> tuple[tuple[int, ...], ...]:
+    """The layers in each cache slot, in the order of the calls; several only where members of a group share one."""
+    slots: list[tuple[int, ...]] = []
     for step in steps:
         if isinstance(step, Call):
             if step.half != "mlp":
-                slots.append(step.layer)
+                slots.append((step.layer,))
         elif kv == "mean":
-            members = [s for branch in step.branches for s in branch]
-            if any(not isinstance(s, Call) or s.half != "whole" for s in members) or len(members) != len(
-                step.branches
-            ):
+            members = tuple(leaves((step,)))
+            if len(members) != len(step.branches) or any(call.half != "whole" for call in members):
                 raise UsageError("kv='mean' is defined for groups of whole single layers only, as in {8:12}")
-            slots.append(next(s.layer for s in members if isinstance(s, Call)))
+            slots.append(tuple(call.layer for call in members))
         else:
             for branch in step.branches:
-                slots.extend(_slot_layers(branch, kv))
+                slots.extend(_slots(branch, kv))
     return tuple(slots)
 
 
 @contextlib.contextmanager
 def _generation_settings(model: nn.Module) -> Iterator[None]:
-    """Keep `generate` from compiling the tapped forward by itself."""
+    """Keep `generate` from compiling the tapped forward, and a cache it keeps on the model from leaking out."""
     if not hasattr(model, "_valid_auto_compile_criteria"):
         yield
         return
+    before = {name: model.__dict__[name] for name in _GENERATION if name in model.__dict__}
+    model.__dict__.pop("_cache", None)
     model.__dict__["_valid_auto_compile_criteria"] = lambda *args, **kwargs: False
     try:
         yield
     finally:
-        model.__dict__.pop("_valid_auto_compile_criteria", None)
+        for name in _GENERATION:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(before)
 
 
 @contextlib.contextmanager
-def _hidden_states(model: nn.Module, body: Anatomy, player: Player) -> Iterator[None]:
-    """Make `hidden_states` those of the layer calls in models that collect them in their own loop.
+def _whole_passes(model: nn.Module, body: Anatomy, player: Player) -> Iterator[None]:
+    """Make sure that every pass plays the schedule, and give `hidden_states` and `attentions` of the layer calls.
 
-    Models that collect through hooks on their layers do that by themselves.
+    Models that collect those through hooks on their layers give them anyway; those that collect them in their own
+    loop see T times the embeddings, and are corrected here.
     """
     owner = body.owner(model)
 
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         config = getattr(owner, "config", None)
-        wanted = kwargs.get("output_hidden_states")
-        if wanted is None:
-            wanted = getattr(config, "output_hidden_states", False)
-        player.states = [] if wanted else None
+        names = ("output_hidden_states", "output_attentions")
+        asked = [kwargs[n] if kwargs.get(n) is not None else getattr(config, n, False) for n in names]
+        player.now.begin(wanted=any(value is not None and value is not False for value in asked))
 
     def after(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        states, player.states = player.states, None
-        if not states:
-            return None
-        return _with_states(output, tuple(states), body.depth)
+        played, states, extras = player.now.played, player.now.states, player.now.extras
+        player.now.begin(wanted=False)
+        if not played:
+            raise UnsupportedModel("the model did not call its last layer: it skips layers by itself")
+        return None if states is None else _corrected(output, states, extras, body.depth)
 
     handles = [
         owner.register_forward_pre_hook(before, with_kwargs=True),
@@ -260,20 +296,29 @@ def _hidden_states(model: nn.Module, body: Anatomy, player: Player) -> Iterator[
             handle.remove()
 
 
-def _with_states(output: Any, states: tuple[Tensor, ...], depth: int) -> Any:
-    """`output` with its own-loop hidden states replaced; untouched where its states are those of the calls."""
+def _attention(output: Any) -> Tensor | None:
+    """The attention weights (batch, heads, queries, keys) that a layer returns beside its hidden state."""
+    rest = output[1:] if isinstance(output, tuple | list) else ()
+    return next((value for value in rest if isinstance(value, Tensor) and value.dim() == 4), None)
 
-    def stale(own: Any) -> bool:
-        return isinstance(own, tuple) and len(own) == depth + 1 and all(t is own[0] for t in own[:-1])
+
+def _corrected(output: Any, states: list[Tensor], extras: list[Tensor | None], depth: int) -> Any:
+    """`output` with what the model's own loop collected replaced; untouched where that is of the calls already."""
+
+    def correct(own: Any) -> Any:
+        if not isinstance(own, tuple) or not own:
+            return own
+        if len(own) == depth + 1 and all(value is own[0] for value in own[:-1]) and isinstance(own[0], Tensor):
+            return (*states[:-1], own[-1])  # the last is the model's own, behind its final norm where it has one
+        if len(own) == depth and all(value is None for value in own):
+            return tuple(extras)
+        return own
 
     if isinstance(output, tuple):
-        return tuple(_replace(value, states) if stale(value) else value for value in output)
-    own = getattr(output, "hidden_states", None)
-    if stale(own):
-        output["hidden_states"] = _replace(own, states)
+        return tuple(correct(value) for value in output)
+    for name in ("hidden_states", "attentions"):
+        own = getattr(output, name, None)
+        corrected = correct(own)
+        if corrected is not own:
+            output[name] = corrected
     return output
-
-
-def _replace(own: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Entry 0 is the embeddings; the last stays the model's own (after the final norm, where it has one)."""
-    return (*states[:-1], own[-1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,66 +19,102 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from impasto.errors import UsageError
 
-_LAYOUT = (
-    "_impasto_layout"  # attribute of a cache that was laid out: (key of the layout, the layers it had before)
-)
+_LAYOUT = "_impasto_layout"  # attribute of a cache that was laid out
+
+
+@dataclass(slots=True)
+class _Layout:
+    """What a cache remembers of being laid out."""
+
+    key: str
+    kinds: list[Any]  # the cache's layers as they were before
+    counter: DynamicLayer | None  # counts tokens where no slot does
 
 
 def _length(cache: Cache) -> int:
-    return max(
-        (int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0
-    )
+    return max((int(s.get_seq_length()) for s in cache.layers if hasattr(s, "get_seq_length")), default=0)
 
 
-def lay_out(cache: Cache, layers: Sequence[int], depth: int, key: str) -> None:
-    """Give `cache` one slot per entry of `layers`, each of the kind its layer has in this model.
+def lay_out(cache: Cache, slots: Sequence[tuple[int, ...]], depth: int, key: str) -> None:
+    """Give `cache` one slot per entry of `slots`, each of the kind its layer has in this model.
 
     Nothing happens where that was done before for the same `key`.
 
     Args:
         cache: an empty cache, or one that the same schedule has filled.
-        layers: the layer number that runs in each slot.
+        slots: per slot the layer numbers that run in it: one, or all members of a group that shares a slot.
         depth: how many layers the model has.
         key: names the layout (a schedule's fingerprint).
 
     Raises:
-        UsageError: the cache holds tokens of another schedule.
+        UsageError: the cache holds tokens of another schedule, or is of a kind that has no slots to lay out.
     """
-    known = getattr(cache, _LAYOUT, None)
-    if known is not None and known[0] == key:
+    known: _Layout | None = getattr(cache, _LAYOUT, None)
+    if known is not None and known.key == key:
         return
-    identity = list(layers) == list(range(depth))
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise UsageError(f"a {type(cache).__name__} has no list of layers that a schedule could lay out anew")
     if _length(cache) > 0:
-        if known is None and identity:
+        if known is None and list(slots) == [(layer,) for layer in range(depth)]:
             return
         raise UsageError(
-            "this cache already holds tokens that another schedule has written: pass an empty cache, "
-            "or keep one cache per schedule"
+            "this cache already holds tokens that another schedule (or the untouched model) has written: pass an "
+            "empty cache, or keep one cache per schedule"
         )
-    kinds = list(known[1] if known is not None else cache.layers)
-    if not kinds:
-        make = cache.layer_class_to_replicate or DynamicLayer
-        slots = [make() for _ in layers]
-    else:
-        slots = [copy.deepcopy(kinds[layer % len(kinds)]) for layer in layers]
-    cache.layers = slots
-    setattr(cache, _LAYOUT, (key, kinds))
+    kinds = list(known.kinds if known is not None else cache.layers)
+    if kinds and len(kinds) != depth:
+        raise UsageError(f"this cache was made for a model of {len(kinds)} layers; the model has {depth}")
+    make = getattr(cache, "layer_class_to_replicate", None) or DynamicLayer
+    own = kinds or [make() for _ in range(depth)]
+    for members in slots:
+        _check_shared(members, [own[layer] for layer in members])
+    cache.layers = [copy.deepcopy(own[members[0]]) for members in slots]
+    counter = None if any(hasattr(s, "get_seq_length") for s in cache.layers) else DynamicLayer()
+    if counter is not None:
+        cache.layers.append(counter)
+    setattr(cache, _LAYOUT, _Layout(key, kinds, counter))
 
 
-class SlotView(Cache):
+def count(cache: Cache, hidden: Tensor) -> None:
+    """Note that the positions of `hidden` (batch, positions, width) were seen, where no slot of `cache` notes it.
+
+    A schedule without any attention writes no keys; positions after the prompt are known from this all the same.
+    """
+    layout: _Layout | None = getattr(cache, _LAYOUT, None)
+    if layout is not None and layout.counter is not None:
+        blank = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], 1))
+        layout.counter.update(blank, blank)
+
+
+def _check_shared(members: tuple[int, ...], kinds: list[Any]) -> None:
+    if len(members) < 2:
+        return
+    if not all(isinstance(kind, DynamicLayer) and not hasattr(kind, "_quantize") for kind in kinds):
+        raise UsageError("kv='mean' needs a dynamic cache; static, quantised and offloaded ones have no shared slot")
+    if len({(type(kind), getattr(kind, "sliding_window", None)) for kind in kinds}) > 1:
+        raise UsageError(
+            f"kv='mean' shares one slot among layers {list(members)}, but some of them keep a sliding window of keys "
+            "and some keep all: their keys have no mean"
+        )
+    if any(hasattr(kind, "update_conv_state") for kind in kinds):
+        raise UsageError(f"kv='mean' is defined for keys and values; layers {list(members)} keep other states too")
+
+
+class SlotView(Cache):  # type: ignore[misc]
     """A cache as one layer call sees it: whatever layer number is asked for, its own slot answers."""
 
-    def __init__(self, cache: Cache, slot: int) -> None:
+    def __init__(self, cache: Cache, slot: int, depth: int = 0) -> None:
         self.__dict__["_cache"] = cache
         self.__dict__["_slot"] = slot
+        self.__dict__["_depth"] = depth  # how many layer numbers the model knows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_cache"], name)
 
     @property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[Any]:  # noqa: D102
         cache, slot = self.__dict__["_cache"], self.__dict__["_slot"]
-        return [cache.layers[slot]] * max(len(cache.layers), slot + 1)
+        return [cache.layers[slot]] * max(len(cache.layers), self.__dict__["_depth"])
 
     def __len__(self) -> int:
         return len(self.__dict__["_cache"])
@@ -113,9 +150,10 @@ class MeanSlot:
     difference can be measured.
     """
 
-    def __init__(self, cache: Cache, slot: int) -> None:
+    def __init__(self, cache: Cache, slot: int, depth: int) -> None:
         self.cache = cache
         self.slot = slot
+        self.depth = depth
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -131,7 +169,7 @@ class MeanSlot:
 
 class _MeanMember(SlotView):
     def __init__(self, shared: MeanSlot) -> None:
-        super().__init__(shared.cache, shared.slot)
+        super().__init__(shared.cache, shared.slot, shared.depth)
         self.__dict__["_shared"] = shared
 
     def update(
@@ -139,10 +177,6 @@ class _MeanMember(SlotView):
     ) -> tuple[Tensor, Tensor]:
         shared: MeanSlot = self.__dict__["_shared"]
         own = shared.cache.layers[shared.slot]
-        if not isinstance(own, DynamicLayer):
-            raise UsageError(
-                "kv='mean' needs a dynamic cache; static, quantised and offloaded ones have no shared slot"
-            )
         shared.keys.append(key_states)
         shared.values.append(value_states)
         seen: tuple[Tensor, Tensor] = copy.copy(own).update(key_states, value_states, *args, **kwargs)

@@ -61,16 +61,13 @@ class Store:
         self.path = self.folder / FILENAME
         if readonly or not create:
             if not self.path.is_file():
-                raise StoreError(
-                    f"no results in {self.folder}: there is no file {FILENAME}. Is it a run folder?"
-                )
+                raise StoreError(f"no results in {self.folder}: there is no file {FILENAME}. Is it a run folder?")
         else:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(
-                    f"cannot make the run folder {self.folder} ({error.strerror}): "
-                    "choose another one with --output"
+                    f"cannot make the run folder {self.folder} ({error.strerror}): choose another one with --output"
                 ) from error
         self._db = Database(self.path, readonly=readonly)
 
@@ -88,9 +85,7 @@ class Store:
 
     # ── settings, recipes, tasks, runs ───────────────────────────────────────────────────────────────────
 
-    def put_recipes(
-        self, recipes: Iterable[Recipe], labels: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> None:
+    def put_recipes(self, recipes: Iterable[Recipe], labels: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Make recipes known, and what a study calls them (by fingerprint); a new label replaces an older."""
         labels = labels or {}
         with self._db.writing() as db:
@@ -152,8 +147,7 @@ class Store:
     def runs(self) -> list[Run]:
         """All starts of the program on this folder, oldest first."""
         rows = self._rows(
-            "SELECT id, command, versions, facts, seed, started, finished, seconds, outcome"
-            " FROM runs ORDER BY id"
+            "SELECT id, command, versions, facts, seed, started, finished, seconds, outcome FROM runs ORDER BY id"
         )
         return [
             Run(number, tuple(json.loads(command)), from_json(versions), from_json(facts), *rest)
@@ -260,9 +254,7 @@ class Store:
                 )
             return db.total_changes - before
 
-    def known(
-        self, setting: Setting, recipes: Sequence[Recipe], requests: Sequence[Request]
-    ) -> NDArray[np.bool_]:
+    def known(self, setting: Setting, recipes: Sequence[Recipe], requests: Sequence[Request]) -> NDArray[np.bool_]:
         """Which questions have an answer: booleans of shape [recipes, requests]."""
         answered = np.zeros((len(recipes), len(requests)), np.bool_)
         with self._db.reading() as db:
@@ -337,13 +329,10 @@ class Store:
             recipe = _ids(db, "recipes", [result.recipe]).get(result.recipe)
             if recipe is None:
                 raise StoreError(
-                    f"recipe {result.recipe} is not known in {self.folder}: "
-                    "store the recipe before its result"
+                    f"recipe {result.recipe} is not known in {self.folder}: store the recipe before its result"
                 )
             where = (_add_setting(db, setting), recipe, result.task, result.protocol)
-            db.execute(
-                "DELETE FROM results WHERE setting = ? AND recipe = ? AND task = ? AND protocol = ?", where
-            )
+            db.execute("DELETE FROM results WHERE setting = ? AND recipe = ? AND task = ? AND protocol = ?", where)
             cursor = db.execute(
                 "INSERT INTO results"
                 " (setting, recipe, task, protocol, n, nonfinite, truncated, metrics, info)"
@@ -519,8 +508,7 @@ def _add_setting(db: sqlite3.Connection, setting: Setting) -> int:
 
 def _add_recipes(db: sqlite3.Connection, recipes: Iterable[Recipe]) -> dict[str, int]:
     rows = [
-        (recipe.fingerprint, str(recipe.schedule), to_json([str(edit) for edit in recipe.edits]))
-        for recipe in recipes
+        (recipe.fingerprint, str(recipe.schedule), to_json([str(edit) for edit in recipe.edits])) for recipe in recipes
     ]
     names = [fingerprint for fingerprint, _, _ in rows]
     ids = _ids(db, "recipes", names)

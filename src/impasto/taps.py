@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from impasto.errors import UnsupportedModel
@@ -49,9 +50,7 @@ class Context:
                 return type(value)(walk(v) for v in value)
             return change(value)
 
-        return Context(
-            tuple(walk(a) for a in self.args), {k: walk(v) for k, v in self.kwargs.items()}, self.name
-        )
+        return Context(tuple(walk(a) for a in self.args), {k: walk(v) for k, v in self.kwargs.items()}, self.name)
 
     def values(self) -> Iterator[Any]:
         """Every argument, one after another."""
@@ -68,6 +67,11 @@ def hidden_of(output: Any) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise UnsupportedModel(f"a layer returns {type(hidden).__name__} where a hidden state was expected")
     return hidden
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two hidden states are one, or equal bit for bit (a model may copy or move them between layers)."""
+    return one is other or (one.shape == other.shape and torch.equal(one, other.to(one.device)))
 
 
 def real_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

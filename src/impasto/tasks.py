@@ -86,6 +86,7 @@ DEFAULT_TASKS = (
 PAPER_TASKS = ("lambada_openai", "arc_challenge", "hellaswag", "winogrande", "gsm8k")
 
 _HERE = Path(__file__).parent / "benchmarks"
+_PLAIN_GROUP = {"group", "group_alias", "task", "metadata", "tag", "aggregate_metric_list"}
 
 
 @dataclass(frozen=True)
@@ -361,19 +362,16 @@ def _load(
 def _members(name: str, manager: Any) -> list[tuple[str, Any]]:
     """The built-in members of a group or tag one by one, so that their data are fetched; else the name itself."""
     entry = manager.task_index[name]
-    listed = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else sorted(entry.tags)
-    if entry.kind.name not in ("GROUP", "TAG") or not all(isinstance(one, str) for one in listed or [0]):
+    config = entry.cfg or {}
+    if entry.kind.name == "TAG":
+        listed = sorted(entry.tags)
+    elif entry.kind.name == "GROUP" and not set(config) - _PLAIN_GROUP:
+        listed = list(config.get("task") or [])
+    else:
         return [(name, entry)]
-    known = [one for one in listed if one in manager.task_index]
-    if len(known) != len(listed) or set(entry.cfg or {}) - {
-        "group",
-        "task",
-        "metadata",
-        "tag",
-        "aggregate_metric_list",
-    }:
-        return [(name, entry)]
-    return [pair for one in known for pair in _members(one, manager)]
+    if not all(isinstance(one, str) and one in manager.task_index for one in listed):
+        return [(name, entry)]  # members with settings of their own: the harness knows how to combine them
+    return [pair for one in listed for pair in _members(one, manager)]
 
 
 def _harness_only() -> Any:
@@ -464,7 +462,7 @@ def _request(instance: Any) -> Request:
 def _answer(request: Request, response: Response) -> Any:
     """A response in the form that the harness's models return."""
     if request.kind == "generate":
-        return response.text
+        return response.text or ""
     if request.kind == "rolling":
         return response.loglikelihood
     return response.loglikelihood, response.is_greedy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,9 +14,19 @@ from lm_eval.api.samplers import ContextSampler
 from impasto import fetch
 
 
-def fetched(folder: str, splits: Mapping[str, str], **_: object) -> dict[str, datasets.Dataset]:
-    """Splits of a benchmark that `impasto fetch benchmarks` brought; the harness's further arguments do not matter."""
-    return _splits(fetch.ensure("benchmarks") / folder, splits)
+def fetched(
+    folder: str,
+    splits: Mapping[str, str],
+    process: Callable[[datasets.Dataset], datasets.Dataset] | None = None,
+    **_: object,
+) -> dict[str, datasets.Dataset]:
+    """Splits of a benchmark that `impasto fetch benchmarks` brought; the harness's further arguments do not matter.
+
+    `process` is the harness's clean-up of a split. Named here it runs once; as a task's `process_docs` it would run
+    every time that the harness asks for the documents, three times for each task.
+    """
+    loaded = _splits(fetch.ensure("benchmarks") / folder, splits)
+    return {split: process(data) for split, data in loaded.items()} if process else loaded
 
 
 def packaged(splits: Mapping[str, str], **_: object) -> dict[str, datasets.Dataset]:

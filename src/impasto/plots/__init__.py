@@ -1,8 +1,8 @@
 """Figures drawn: from the numbers of a `Figure` to a chart, to SVG and PNG, and to CSV.
 
-Nothing is computed here. Which drawings there are, and which fields their rows have, stands in `DRAWINGS`; the
-options of a drawing are the keyword arguments of its function, and each `Figure.options` may add `section`, the
-heading that the report puts the figure under.
+Nothing is measured or estimated here. Which drawings there are, and which fields their rows have, stands in
+`DRAWINGS`; the options of a drawing are the keyword arguments of its function. `Figure.options` may add
+`section`, the heading that the report puts the figure under.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import difflib
 import inspect
 import io
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 import altair as alt
+from altair.utils.schemapi import debug_mode
 
 from impasto.errors import StoreError, UsageError
 from impasto.plots import curves, grids, points, render
@@ -31,8 +33,12 @@ __all__ = [
     "DARK",
     "DRAWINGS",
     "LIGHT",
+    "NARROW",
+    "WIDE",
+    "Canvas",
     "Drawing",
     "Picture",
+    "check_key",
     "columns",
     "draw",
     "picture",
@@ -46,8 +52,8 @@ __all__ = [
 class Drawing:
     """One way to draw: its function, and the fields of its rows.
 
-    `numbers` and `texts` may be None or missing in a row (a gap), but every name in `required` must be a field
-    of at least one row. Fields that are not named here are not drawn; they are still written to CSV.
+    `numbers` and `texts` may be None or missing in a row (a gap), but every name in `required` must be a
+    field of at least one row. Fields that are not named here are not drawn, but written to CSV.
     """
 
     function: Callable[..., Chart]
@@ -92,10 +98,11 @@ def draw(figure: Figure, canvas: Canvas = WIDE) -> Chart:
         canvas: the room, `WIDE` (a page) or `NARROW` (a phone).
 
     Raises:
-        UsageError: for an unknown kind, an option that the drawing does not have, or rows without a field it needs.
+        UsageError: for an unknown kind, an option that the drawing does not have, or rows without a field
+            that it needs.
     """
     drawing = _drawing(figure)
-    options = {name: value for name, value in figure.options.items() if name not in _SHARED_OPTIONS}
+    options = {name: _shown(value) for name, value in figure.options.items() if name not in _SHARED_OPTIONS}
     for name in options:
         if name not in drawing.options:
             raise UsageError(
@@ -129,12 +136,23 @@ def _clean(row: Row, drawing: Drawing, figure: Figure) -> Row:
     clean: dict[str, Any] = {}
     for field in drawing.numbers:
         value = row.get(field)
-        if value is not None and not isinstance(value, (int, float)):
+        if value is not None and not isinstance(value, numbers.Real):
             raise UsageError(f"figure {figure.key!r}: {field!r} must be a number or None, not {value!r}")
-        clean[field] = value if value is not None and math.isfinite(value) else None
+        clean[field] = float(value) if value is not None and math.isfinite(value) else None
     clean.update({field: plain(str(row[field])) for field in drawing.texts if row.get(field) is not None})
     clean.update({field: bool(row[field]) for field in drawing.flags if row.get(field) is not None})
     return clean
+
+
+def _shown(option: Any) -> Any:
+    """An option with all its texts printable; the renderer ends the whole process over a NUL character."""
+    if isinstance(option, str):
+        return plain(option)
+    if isinstance(option, Mapping):
+        return {_shown(name): _shown(value) for name, value in option.items()}
+    if isinstance(option, (list, tuple)):
+        return [_shown(value) for value in option]
+    return option
 
 
 def plain(text: str) -> str:
@@ -168,7 +186,8 @@ class Picture:
 
 def picture(figure: Figure) -> Picture:
     """Render a figure at both widths."""
-    return Picture(render.svg(draw(figure, WIDE)), render.svg(draw(figure, NARROW)))
+    with debug_mode(False):  # altair's check of every part costs more time than drawing; tests do it
+        return Picture(render.svg(draw(figure, WIDE)), render.svg(draw(figure, NARROW)))
 
 
 def save(figure: Figure, folder: Path | str, rendered: Picture | None = None) -> dict[str, Path]:
@@ -213,9 +232,4 @@ def to_csv(figure: Figure) -> str:
     writer = csv.DictWriter(target, columns(figure.rows), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(figure.rows)
-    return plain_surrogates(target.getvalue())
-
-
-def plain_surrogates(text: str) -> str:
-    """The text with lone surrogates, which no UTF-8 file can hold, replaced."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return target.getvalue().encode("utf-8", "replace").decode("utf-8")

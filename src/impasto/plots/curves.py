@@ -51,10 +51,11 @@ def layer_curve(
 
     def build(cell: Cell, mine: Rows) -> Chart:
         ours = [rule for rule in rules if rule.get("panel") in (None, cell.name)]
-        y = y_axis(cell, y_title, fit(mine, ours, y_domain))
+        frame = fit(mine, ours, y_domain)
+        y = y_axis(cell, y_title, frame)
         x = x_axis(cell, x_title, rows, pad=0.5)
         under, over = reference(rules, cell, y, mine)
-        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, points=26), *over), cell)
+        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, frame=frame, points=26), *over), cell)
 
     count = len(names(rows, "panel"))
     across = columns or (min(2, count) if canvas.wide and count > 1 else None)
@@ -82,7 +83,7 @@ def affected_curves(
         y = y_axis(cell, y_title, frame, labels=False)
         x = x_axis(cell, x_title, rows, pad=_share(rows, 0.03))
         under, over = reference(rules, cell, y, mine, named=cell.first)
-        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, points=18, band=0.1), *over), cell)
+        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, frame=frame, points=18, band=0.1), *over), cell)
 
     count = len(names(rows, "panel"))
     if canvas.wide:
@@ -124,7 +125,7 @@ def summary_curves(
     )
     x, y = x_axis(cell, x_title, rows, pad=_share(rows, 0.02)), y_axis(cell, y_title, frame)
     under, over = reference(rules, cell, y, rows)
-    layers = [*under, *lines(rows, rows, x, y, key, points=34, band=0.09), *over]
+    layers = [*under, *lines(rows, rows, x, y, key, frame=frame, points=34, band=0.09), *over]
     if len(ends) > 1:
         layers += _end_labels(ends, cell, frame, x, y, key, rows, margin)
     return titled(alt.layer(*layers), cell)
@@ -150,7 +151,7 @@ def _end_labels(
     rows: Rows,
     margin: int,
 ) -> list[Chart]:
-    """Names right of the frame, moved apart where lines end close together, with a leader from each line's end."""
+    """Names right of the frame, moved apart where lines end close together, each with a leader to its line."""
     scale = cell.height / (frame[1] - frame[0])
     pixels = [(frame[1] - min(max(end, frame[0]), frame[1])) * scale for _, _, end in ends]
     moved = apart(pixels, 15.0, 4.0, cell.height - 4.0)
@@ -208,7 +209,7 @@ def states(
         y = y_axis(cell, y_title, frame, log=logarithmic)
         x = x_axis(cell, x_title, rows, pad=0.3)
         under, over = reference(rules, cell, y, mine)
-        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, points=16), *over), cell)
+        return titled(alt.layer(*under, *lines(mine, rows, x, y, key, frame=frame, points=16), *over), cell)
 
     count = len(names(rows, "panel"))
     return panels(
@@ -231,7 +232,7 @@ def trace(
     rules: Sequence[Rule] = (),
     panel_order: Sequence[str] | None = None,
 ) -> Chart:
-    """A search: every trial as a point, filled where it was accepted, and the accepted score as a stepped line."""
+    """A search: a point for every trial, accepted or rejected, and the accepted score as a stepped line."""
     scale = look(domain=["accepted", "rejected"], range=[LIGHT["series1"], LIGHT["rule"]])
     shapes = look(domain=["accepted", "rejected"], range=["circle", "cross"])
     legend = look(title=None, orient="top", offset=10, symbolOpacity=1)

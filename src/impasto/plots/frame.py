@@ -1,4 +1,4 @@
-"""Pieces that several drawings share: the canvas, panels side by side, axes, lines with intervals, reference lines."""
+"""Pieces that several drawings share: canvas, panels, axes, legend, lines with intervals, reference lines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NARROW = Canvas(360, wide=False)
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The place of one panel in a figure: its name, plot size in pixels, and which edges of the grid it touches."""
+    """The place of one panel in a figure: name, plot size in pixels, and which edges of the grid it touches."""
 
     name: str | None
     width: int
@@ -46,7 +46,7 @@ class Cell:
 
 
 def names(rows: Rows, field: str, order: Sequence[str] | None = None) -> list[str]:
-    """The distinct texts in a field: first those of `order` (all of them), then others as they first appear."""
+    """The distinct texts in a field: first all of `order`, then others as they first appear."""
     seen = dict.fromkeys(order or ())
     seen.update(dict.fromkeys(row[field] for row in rows if row.get(field) is not None))
     return list(seen)
@@ -167,9 +167,9 @@ def span(values: Sequence[float], fallback: tuple[float, float] = (0.0, 1.0)) ->
 
 
 def fit(rows: Rows, rules: Sequence[Rule], given: Sequence[float] | None = None) -> tuple[float, float]:
-    """The y range of a chart: all values and reference lines; intervals may leave it by a quarter of that.
+    """The y range of a chart: all values and reference lines, and intervals up to a quarter beyond them.
 
-    A wide interval of one doubtful point would otherwise squeeze everything else flat; it is cut at the frame.
+    A very wide interval of one doubtful point would squeeze everything else flat, so it is cut at the frame.
     """
     if given is not None:
         return float(given[0]), float(given[1])
@@ -184,12 +184,12 @@ def fit(rows: Rows, rules: Sequence[Rule], given: Sequence[float] | None = None)
 
 
 def x_axis(cell: Cell, title: str, rows: Rows, *, pad: float = 0.0) -> alt.X:
-    """The x axis (field `x`) that fits all rows of a figure; labelled under the lowest panel of a column only."""
+    """The x axis (field `x`) for all rows of a figure; labelled under the lowest panel of a column only."""
     low, high = span(numbers(rows, "x"))
     axis = look(
         title=title if cell.bottom else None,
         labels=cell.bottom,
-        values=x_ticks(numbers(rows, "x"), max(2, min(10, cell.width // 36))),
+        values=x_ticks(numbers(rows, "x"), max(2, min(10, cell.width // 26))),
         format=FORMAT,
         labelOverlap=False,
     )
@@ -272,10 +272,11 @@ class Key:
         present = {row.get("series") for row in rows}
         shown = [name for name in series if name in present]
         room = canvas.width - 60
-        in_one_row = sum(len(name) * 6.4 + 36 for name in shown) <= room
-        longest = max((len(name) for name in shown), default=0)
-        across = len(shown) if in_one_row else max(1, int(room / (longest * 6.4 + 36)))
-        return cls(tuple(series), legend and len(shown) > 1, max(1, across))
+        across = next(
+            (count for count in range(len(shown), 1, -1) if _legend_width(shown, count) <= room),
+            1,
+        )
+        return cls(tuple(series), legend and len(shown) > 1, across)
 
     def shown(self, rows: Rows) -> tuple[list[str], list[str], list[str]]:
         """Names, colours and shapes of the series that have rows."""
@@ -314,6 +315,11 @@ class Key:
         return look(title=None, orient="top", columns=self.columns, symbolOpacity=1, offset=10)
 
 
+def _legend_width(names: Sequence[str], columns: int) -> float:
+    """Pixels that a legend of so many columns takes, each as wide as its longest name."""
+    return sum(max(len(name) for name in names[column::columns]) * 6.4 + 36 for column in range(columns))
+
+
 def lines(
     rows: Rows,
     everything: Rows,
@@ -321,10 +327,11 @@ def lines(
     y: alt.Y,
     key: Key,
     *,
+    frame: tuple[float, float],
     points: int = 22,
     band: float = 0.13,
 ) -> list[Chart]:
-    """Layers of lines with interval bands; a missing value is a gap, and a lone point keeps its interval as a stem.
+    """Layers of lines with interval bands; a missing value is a gap, a lone point has its interval as a stem.
 
     Args:
         rows: rows of one panel.
@@ -332,6 +339,7 @@ def lines(
         x: the x channel.
         y: the y channel.
         key: colours and shapes.
+        frame: the y range; what leaves it is cut (and only then, since cutting makes PNG slow).
         points: size of the points in square pixels.
         band: opacity of the bands.
     """
@@ -341,6 +349,8 @@ def lines(
     stems: list[list[Row]] = []
     for run in _runs(ordered):
         (bands if len(run) > 1 else stems).append(run)
+    ends = numbers(rows, "y", "low", "high")
+    clip = bool(ends) and (min(ends) < frame[0] or max(ends) > frame[1])
     layers: list[Chart] = []
     # One layer for all bands: `run` keeps stretches apart that a gap divides.
     spread = [{**row, "run": str(place)} for place, run in enumerate(bands) for row in run]
@@ -348,20 +358,20 @@ def lines(
     if spread:
         layers.append(
             alt.Chart(table(spread))
-            .mark_area(fillOpacity=band, opacity=1, clip=True, line=False)
+            .mark_area(fillOpacity=band, opacity=1, clip=clip)
             .encode(x=x, y=renamed(y, "low"), y2=alt.Y2(field="high"), color=colour, detail=detail)
         )
     alone = [row for run in stems for row in run]
     if alone:
         layers.append(
             alt.Chart(table(alone))
-            .mark_rule(strokeOpacity=0.45, opacity=1, strokeWidth=2, clip=True)
+            .mark_rule(strokeOpacity=0.45, opacity=1, strokeWidth=2, clip=clip)
             .encode(x=x, y=renamed(y, "low"), y2=alt.Y2(field="high"), color=colour)
         )
-    line = alt.Chart(table(ordered)).mark_line(strokeWidth=1.7, clip=True, invalid="break-paths-show-domains")
+    line = alt.Chart(table(ordered)).mark_line(strokeWidth=1.7, clip=clip, invalid="break-paths-show-domains")
     layers.append(line.encode(x=x, y=y, color=colour))
     known = [row for row in ordered if number(row, "y") is not None]
-    dots = alt.Chart(table(known)).mark_point(filled=True, size=points, opacity=1, clip=True)
+    dots = alt.Chart(table(known)).mark_point(filled=True, size=points, opacity=1, clip=clip)
     layers.append(dots.encode(x=x, y=y, color=colour, shape=key.shape(everything)))
     return layers
 
@@ -435,7 +445,7 @@ def haloed(text: Chart, **mark: Any) -> list[Chart]:
 
 
 def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places moved so little that neighbours are at least `gap` apart, inside [low, high] where there is room.
+    """Places moved a little, so that neighbours are `gap` apart, inside [low, high] where there is room.
 
     Example:
         >>> apart([10.0, 11.0, 50.0], 8.0, 0.0, 100.0)

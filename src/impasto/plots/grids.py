@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import altair as alt
 
@@ -11,13 +13,13 @@ from impasto.plots.frame import (
     Canvas,
     Cell,
     Chart,
-    Look,
     Rows,
     look,
     names,
     number,
     numbers,
     panels,
+    renamed,
     span,
     table,
     thin,
@@ -44,7 +46,7 @@ def matrix(
 ) -> Chart:
     """Square matrices side by side, on one colour scale; row 0 is on top.
 
-    `groups` are drawn as boxes on the diagonal with their names at the right; a mapping gives each panel its own.
+    `groups` are boxes on the diagonal with their names at the right; a mapping gives each panel its own.
     """
     low, high = domain if domain is not None else span(numbers(rows, "value"))
     colour = _colour(value_title, low, high, canvas)
@@ -52,28 +54,20 @@ def matrix(
     names_room = 74 if groups else 12
 
     def build(cell: Cell, mine: Rows) -> Chart:
-        size = cell.width - names_room
-        square = Cell(cell.name, size, size, cell.first, cell.left, cell.bottom)
         last = max([*numbers(mine, "row", "column"), 0.0])
+        size = whole(cell.width - names_room, last + 1)
+        square = Cell(cell.name, size, size, cell.first, cell.left, cell.bottom)
         ticks = whole_ticks(0, last, max(2, size // 24))
-        scale = look(domain=[-0.5, last + 0.5], nice=False, zero=False)
+        axis = look(values=ticks, format="d", domain=False, grid=False, labelOverlap=False)
+        across = look(domain=[-0.5, last + 0.5], nice=False, zero=False)
         down = look(domain=[last + 0.5, -0.5], nice=False, zero=False)
-        x_look = look(title=x_title, values=ticks, format="d", domain=False, grid=False, labelOverlap=False)
-        y_look = look(
-            title=y_title if cell.left else None, values=ticks, format="d", domain=False, grid=False, labelOverlap=False
-        )
-        cells = [_box(row, "column", "row", half=0.5) for row in mine]
-        layers = [
-            _cells(
-                cells,
-                alt.X(field="x0", type="quantitative", scale=scale, axis=x_look),
-                alt.Y(field="y0", type="quantitative", scale=down, axis=y_look),
-                colour,
-            )
-        ]
+        x = alt.X(field="x0", type="quantitative", scale=across, axis={**axis, "title": x_title})
+        up_title = y_title if cell.left else None
+        y = alt.Y(field="y0", type="quantitative", scale=down, axis={**axis, "title": up_title})
+        layers = [_cells([_box(row, "column", "row", half=0.5) for row in mine], x, y, colour)]
         mine_groups = groups.get(cell.name or "", ()) if isinstance(groups, Mapping) else groups
         if mine_groups:
-            layers += _groups(mine_groups, scale, down, square, names_room)
+            layers += _groups(mine_groups, x, renamed(y, "x0"), square, names_room)
         return titled(alt.layer(*layers), square)
 
     columns = min(max(count, 1), 2 if groups else 3) if canvas.wide else 1
@@ -82,25 +76,29 @@ def matrix(
     return panels(rows, canvas, build, height=1, order=panel_order, columns=columns, margin=52, gap=34)
 
 
-def _groups(groups: Sequence[Group], scale: Look, down: Look, cell: Cell, room: int) -> list[Chart]:
+def whole(length: int, cells: float) -> int:
+    """A length cut down to a whole number of pixels for each cell, so that no seam shows between two of them."""
+    count = max(round(cells), 1)
+    return length - length % count if length >= 3 * count else length
+
+
+def _groups(groups: Sequence[Group], x: alt.X, y: alt.Y, cell: Cell, room: int) -> list[Chart]:
+    """Boxes on the diagonal, and at the right a stroke and a name for each."""
     boxes = [
         {"x0": float(str(start)) - 0.5, "x1": float(str(stop)) - 0.5, "name": str(name)} for start, stop, name in groups
     ]
     marks = [{**box, "middle": (float(str(box["x0"])) + float(str(box["x1"]))) / 2} for box in boxes]
     base = alt.Chart(table(marks))
-    x = alt.X(field="x0", type="quantitative", scale=scale)
-    y = alt.Y(field="x0", type="quantitative", scale=down)
     frame = base.encode(x=x, x2=alt.X2(field="x1"), y=y, y2=alt.Y2(field="x1"))
-    edge = alt.Y(field="x0", type="quantitative", scale=down)
     return [
         frame.mark_rect(filled=False, stroke=LIGHT["paper"], strokeWidth=3.5, strokeOpacity=0.9),
         frame.mark_rect(filled=False, stroke=LIGHT["accent"], strokeWidth=1.6),
         base.mark_rule(color=LIGHT["rule"], strokeWidth=1.5).encode(
-            x=alt.value(cell.width + 5), y=edge, y2=alt.Y2(field="x1")
+            x=alt.value(cell.width + 5), y=y, y2=alt.Y2(field="x1")
         ),
         base.mark_text(align="left", dx=9, fontSize=11, color=LIGHT["ink"], limit=room - 8).encode(
             x=alt.value(cell.width + 2),
-            y=alt.Y(field="middle", type="quantitative", scale=down),
+            y=renamed(y, "middle"),
             text=alt.Text(field="name", type="nominal"),
         ),
     ]
@@ -115,7 +113,6 @@ def heatmap(
     value_title: str = "normalised score",
     domain: Sequence[float] | None = None,
     fit: tuple[float, float] | None = None,
-    fit_name: str = "fitted line",
     best: bool = True,
     panel_order: Sequence[str] | None = None,
 ) -> Chart:
@@ -135,6 +132,7 @@ def heatmap(
             for row in mine
             if (x := number(row, "x")) is not None and (y := number(row, "y")) is not None
         ]
+        cell = replace(cell, width=whole(cell.width, len(columns)), height=whole(cell.height, len(lines)))
         left, right = _reach(across)
         bottom, top = _reach(up)
         x_scale = look(domain=[left, right], nice=False, zero=False)
@@ -158,7 +156,7 @@ def heatmap(
                 )
             )
         if fit is not None:
-            layers += _fitted(fit, fit_name, (left, right), (bottom, top), x_scale, y_scale)
+            layers += _fitted(fit, (left, right), (bottom, top), x, y)
         return titled(alt.layer(*layers), cell)
 
     count = len(names(rows, "panel"))
@@ -173,27 +171,25 @@ def heatmap(
 
 def _fitted(
     fit: tuple[float, float],
-    name: str,
     width: tuple[float, float],
     height: tuple[float, float],
-    x_scale: Look,
-    y_scale: Look,
+    x: alt.X,
+    y: alt.Y,
 ) -> list[Chart]:
     """The line y = slope x + intercept inside the frame, dark on light so that it shows on any cell."""
     slope, intercept = fit
-    ends = [(x, slope * x + intercept) for x in width]
+    ends = [(at, slope * at + intercept) for at in width]
     if slope:
-        ends += [((y - intercept) / slope, y) for y in height]
+        ends += [((at - intercept) / slope, at) for at in height]
     inside = sorted(
-        (x, y) for x, y in ends if width[0] - 1e-9 <= x <= width[1] + 1e-9 and height[0] - 1e-9 <= y <= height[1] + 1e-9
+        end
+        for end in ends
+        if width[0] - 1e-9 <= end[0] <= width[1] + 1e-9 and height[0] - 1e-9 <= end[1] <= height[1] + 1e-9
     )
     if len(inside) < 2:
         return []
-    data = [{"x": x, "y": y, "name": name} for x, y in (inside[0], inside[-1])]
-    base = alt.Chart(table(data)).encode(
-        x=alt.X(field="x", type="quantitative", scale=x_scale),
-        y=alt.Y(field="y", type="quantitative", scale=y_scale),
-    )
+    data = [{"x": end[0], "y": end[1]} for end in (inside[0], inside[-1])]
+    base = alt.Chart(table(data)).encode(x=renamed(x, "x"), y=renamed(y, "y"))
     return [
         base.mark_line(stroke="#ffffff", strokeWidth=4, opacity=0.75),
         base.mark_line(stroke="#111111", strokeWidth=1.8, strokeDash=[6, 4]),
@@ -217,7 +213,7 @@ def _edges(values: Sequence[float]) -> dict[float, tuple[float, float]]:
     """The stretch of axis that belongs to each value: half way to its neighbours."""
     if len(values) == 1:
         return {values[0]: (values[0] - 0.5, values[0] + 0.5)}
-    middles = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(values)]
     if not middles:
         return {}
     borders = [2 * values[0] - middles[0], *middles, 2 * values[-1] - middles[-1]]
@@ -248,6 +244,14 @@ def _cells(cells: Rows, x: alt.X, y: alt.Y, colour: alt.Color) -> Chart:
     if unknown:
         base = alt.Chart(table(unknown)).encode(x=x, y=y, **ends)
         layers.append(base.mark_rect(color=LIGHT["shade"], stroke=LIGHT["paper"], strokeWidth=1))
+        centres = [
+            {"x0": (left + right) / 2, "y0": (bottom + top) / 2}
+            for left, right, bottom, top in (
+                [number(cell, end) or 0.0 for end in ("x0", "x1", "y0", "y1")] for cell in unknown
+            )
+        ]
+        sign = alt.Chart(table(centres)).mark_text(text="\u2013", fontSize=11, color=LIGHT["muted"])
+        layers.append(sign.encode(x=x, y=y))
     return alt.layer(*layers)
 
 

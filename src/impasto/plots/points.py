@@ -152,7 +152,7 @@ def scatter(
     panel_order: Sequence[str] | None = None,
     frontier_name: str = "frontier",
 ) -> Chart:
-    """Points with intervals in both directions; a stepped line joins the rows whose field `frontier` is true."""
+    """Points with intervals in both directions; a stepped line joins the rows whose `frontier` is true."""
     key = Key.of(rows, canvas, series)
 
     def build(cell: Cell, mine: Rows) -> Chart:
@@ -187,12 +187,21 @@ def scatter(
             .mark_point(filled=True, size=60, opacity=1)
             .encode(x=x, y=y, color=colour, shape=key.shape(rows)),
         ]
-        named = [row for row in known if row.get("label")]
-        if named:
-            text = alt.Chart(table(named)).mark_text(
-                align="left", baseline="bottom", dx=6, dy=-4, fontSize=11, color=LIGHT["ink"], limit=150
-            )
-            layers.append(text.encode(x=x, y=y, text=alt.Text(field="label", type="nominal")))
+        layers += _labels([row for row in known if row.get("label")], across["domain"], x, y)
         return titled(alt.layer(*layers, *tail), cell)
 
     return panels(rows, canvas, build, height=340 if canvas.wide else 280, order=panel_order, gap=44)
+
+
+def _labels(rows: Rows, domain: Sequence[float], x: alt.X, y: alt.Y) -> list[Chart]:
+    """The rows' labels beside their points: to the right, but to the left in the last quarter of the x axis."""
+    turn = domain[0] + 0.75 * (domain[1] - domain[0])
+    layers = []
+    for align, dx, late in (("left", 6, False), ("right", -6, True)):
+        mine = [row for row in rows if ((number(row, "x") or 0.0) > turn) == late]
+        if mine:
+            text = alt.Chart(table(mine)).mark_text(
+                align=align, baseline="bottom", dx=dx, dy=-4, fontSize=11, color=LIGHT["ink"], limit=150
+            )
+            layers.append(text.encode(x=x, y=y, text=alt.Text(field="label", type="nominal")))
+    return layers

@@ -21,7 +21,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 def svg(chart: Chart) -> str:
     """The chart as SVG text in the light colours, slimmed: no invisible marks, coordinates to 0.01 px."""
-    source = vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=_version())
+    source = vl_convert.vegalite_to_svg(chart.to_dict(validate=False), vl_version=_version())
     root = ElementTree.fromstring(source)
     _slim(root)
     return _text(root)
@@ -36,7 +36,7 @@ def inline(source: str, name: str, label: str) -> str:
     """SVG text made ready to stand inside a page.
 
     Colours become CSS variables of the page's theme, fonts are the page's, ids are made unique by `name` (two
-    drawings on one page would share their gradients otherwise), and `label` says to a screen reader what it is.
+    drawings on one page would share their gradients otherwise), and `label` tells a screen reader what it is.
     """
     root = ElementTree.fromstring(source)
     ids = {node.get("id"): f"{name}-{node.get('id')}" for node in root.iter() if node.get("id")}
@@ -48,7 +48,7 @@ def inline(source: str, name: str, label: str) -> str:
             elif attribute == "id":
                 node.set(attribute, ids[value])
             elif "url(#" in value:
-                node.set(attribute, _REFERENCE.sub(lambda found: f"url(#{ids.get(found[1], found[1])})", value))
+                node.set(attribute, _REFERENCE.sub(lambda found: f"url(#{ids[found[1]]})", value))
     root.set("role", "img")
     root.set("aria-label", label)
     return _text(root)

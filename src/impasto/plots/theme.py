@@ -1,8 +1,8 @@
 """Colours and the look that every drawing shares.
 
-Charts are drawn once, in the light colours. On a page each of them stands for a role (`ink`, `paper`, `series1`...)
-and is replaced by a CSS variable of that name, so one drawing serves light and dark. That works because no two
-roles have the same light colour.
+Charts are drawn once, in the light colours. On a page each of them stands for a role (`ink`, `paper`,
+`series1`...) and is replaced by a CSS variable of that name, so one drawing serves light and dark. That works
+because no two roles have the same light colour.
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+"""A tiny tokenizer and tiny random models, made on the spot: no test needs a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<s>", "</s>")
+
+
+def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte (259 in all) that reads any text; puts `<s>` in front unless told not to."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=256
+    )
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, layers: int = 4, **overrides: Any) -> Any:
+    """A causal language model with random weights in float32, spread widely enough that its choices differ."""
+    sizes = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**sizes, **overrides})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def tiny_folder(folder: Path, **options: Any) -> Path:
+    """`folder` with a tiny model and its tokenizer, as `save_pretrained` leaves them."""
+    tiny_model(**options).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
