@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import DECODERS, DEPTH, FAMILIES, SIZES, VISION, build, inputs, shared
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from families import DECODERS, DEPTH, FAMILIES, SIZES, VISION, build, inputs, shared
 from impasto.anatomy import Matrix, anatomy
 from impasto.errors import UnsupportedModel
 from impasto.runtime import scheduled

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from families import build
 from impasto import generation
+from impasto.anatomy import anatomy
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
 from impasto.generation import context_window, generate, respond
 from impasto.result import Request
@@ -239,6 +240,19 @@ def test_sampling_is_seeded_by_the_request(model: Any, tokenizer: Any) -> None:
     greedy = [Request("generate", r.context, options='{"max_gen_toks": 12}') for r in requests]
     assert [r.text for r in there] != [r.text for r in respond(model, tokenizer, SCHEDULE, greedy)]
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.2}, {"do_sample": True, "temperature": 1.0}])
+def test_no_text_comes_from_logits_that_are_not_finite(extra: dict[str, Any], tokenizer: Any) -> None:
+    broken = build("llama", vocab_size=259)
+    anatomy(broken)
+    with torch.no_grad():
+        broken.model.layers[3].mlp.down_proj.weight.fill_(float("nan"))
+    asked = [Request("generate", c, options=json.dumps({"max_gen_toks": 5, **extra})) for c in ("one", "three")]
+    assert [r.text for r in respond(broken, tokenizer, "0:6", asked)] == [None, None]
+    assert all(respond(broken, tokenizer, "0:3 4:6", asked)[i].text is not None for i in range(2))
+    (row,) = generate(broken, tokenizer, "0:6", ["one"], max_new_tokens=5)
+    assert (row.finite, row.tokens, row.text) == (False, 0, "")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import DECODERS, DEPTH, FAMILIES, inputs, shared
 
+from families import DECODERS, DEPTH, FAMILIES, inputs, shared
 from impasto.anatomy import anatomy
 from impasto.errors import UnsupportedModel
 from impasto.halves import halves

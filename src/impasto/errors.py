@@ -1,15 +1,15 @@
 """Every error impasto raises on purpose, as one tree.
 
-    ImpastoError                 exit code 1: the work failed, and the message says what to do
-    ├── UsageError               exit code 2: what was asked for cannot be, whatever the machine
-    │   ├── NotationError        a schedule, edit or foreign layer map that cannot be read
-    │   ├── UnknownTask          no benchmark of that name
-    │   └── UnknownModel         no model of that name, folder or file
-    ├── UnsupportedModel         the model's structure cannot be scheduled (or halved, or edited)
-    ├── FetchError               something could not be downloaded or unpacked
-    ├── MissingExtra             an optional package is needed
-    ├── OutOfMemory              not even one request fits
-    └── StoreError               the run folder cannot be read or written
+ImpastoError                 exit code 1: the work failed, and the message says what to do
+├── UsageError               exit code 2: what was asked for cannot be, whatever the machine
+│   ├── NotationError        a schedule, edit or foreign layer map that cannot be read
+│   ├── UnknownTask          no benchmark of that name
+│   └── UnknownModel         no model of that name, folder or file
+├── UnsupportedModel         the model's structure cannot be scheduled (or halved, or edited)
+├── FetchError               something could not be downloaded or unpacked
+├── MissingExtra             an optional package is needed
+├── OutOfMemory              not even one request fits
+└── StoreError               the run folder cannot be read or written
 """
 
 from __future__ import annotations

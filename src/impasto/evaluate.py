@@ -112,9 +112,7 @@ def _requests(tasks: Iterable[TaskSet]) -> tuple[list[Request], list[Request]]:
     return scored, [request for request in distinct.values() if request.kind == "generate"]
 
 
-def _gaps(
-    store: Store, setting: Setting, recipes: Sequence[Recipe], requests: Sequence[Request]
-) -> list[Gap]:
+def _gaps(store: Store, setting: Setting, recipes: Sequence[Recipe], requests: Sequence[Request]) -> list[Gap]:
     """What is not answered yet, in groups of requests that the same recipes lack."""
     groups: dict[tuple[str, ...], Gap] = {}
     for request, lacking in zip(requests, store.missing(setting, recipes, requests), strict=True):
@@ -124,9 +122,7 @@ def _gaps(
     return list(groups.values())
 
 
-def _scorer(
-    loaded: LoadedModel, batch_tokens: int | None, sharing: Sharing | None, note: Note | None
-) -> Scorer:
+def _scorer(loaded: LoadedModel, batch_tokens: int | None, sharing: Sharing | None, note: Note | None) -> Scorer:
     def wear(layer: int, edits: tuple[Edit, ...]) -> AbstractContextManager[object]:
         return surgery.edited(loaded.model, [replace(edit, layers=(layer,)) for edit in edits])
 
@@ -247,7 +243,9 @@ def _warn(recipe: Recipe, result: Result, note: Note | None) -> None:
             "its metrics there are undefined"
         )
     if result.truncated and recipe.schedule.is_series and not recipe.edits:
-        note(f"{result.task}: {result.truncated} requests are longer than the model's window and were cut from the left")
+        note(
+            f"{result.task}: {result.truncated} requests are longer than the model's window and were cut from the left"
+        )
 
 
 def _total(works: Sequence[Work], recipes: int) -> Work:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
 from impasto.anatomy import Anatomy, anatomy, quietly, text_config
@@ -51,6 +51,8 @@ class Generated:
         seconds_prefill: from the start of the row's batch to its first token.
         seconds_decode: from then until this row ended; the rows of a batch share this time.
         truncated: the prompt was too long, and its beginning was cut off.
+        finite: every step had a likeliest token. Where logits are nan or infinite, the row ends there, and its text
+            means nothing.
     """
 
     text: str
@@ -59,6 +61,7 @@ class Generated:
     seconds_prefill: float
     seconds_decode: float
     truncated: bool = False
+    finite: bool = True
 
 
 def generate(
@@ -140,7 +143,8 @@ def respond(
         on_response: called with the number of a request and its answer, as soon as it is there.
 
     Returns:
-        One `Response` per request, in their order: text, count of tokens, whether the context was cut.
+        One `Response` per request, in their order: text (None where logits were not finite), count of tokens, whether
+        the context was cut.
 
     Raises:
         UsageError: a request of another kind, or options that cannot be.
@@ -157,7 +161,8 @@ def respond(
     answers: dict[int, Response] = {}
 
     def keep(place: int, made: Generated) -> None:
-        answers[place] = Response(text=made.text, tokens=made.tokens, truncated=made.truncated)
+        text = made.text if made.finite else None
+        answers[place] = Response(text=text, tokens=made.tokens, truncated=made.truncated)
         if on_response is not None:
             on_response(place, answers[place])
 
@@ -229,7 +234,7 @@ class _Writer:
             tokenizer=tokenizer,
             encode=encode or plainly,
             window=window or context_window(model, tokenizer),
-            device=model.get_input_embeddings().weight.device,  # type: ignore[operator]
+            device=_input_device(model),
             ends=ends,
             pad=int(pad) if pad is not None else min(ends, default=0),
         )
@@ -273,7 +278,7 @@ class _Writer:
         return _cut(self.tokenizer.decode(list(new), skip_special_tokens=True), row.stops)
 
     def next_tokens(self, ids: Tensor, pads: Tensor | None, cache: DynamicCache) -> Tensor:
-        """The likeliest next token of each row, shape (batch,); one forward pass.
+        """The likeliest next token of each row, shape (batch,), -1 where there is none; one forward pass.
 
         Args:
             ids: the tokens that the cache does not hold yet, (batch, new positions).
@@ -292,8 +297,17 @@ class _Writer:
             options["position_ids"] = columns
         if "logits_to_keep" in self.body.arguments:
             options["logits_to_keep"] = 1
-        logits: Tensor = self.model(**options).logits[:, -1]
-        return logits.argmax(-1)
+        best = self.model(**options).logits[:, -1].max(-1)
+        chosen: Tensor = torch.where(best.values.isfinite(), best.indices, -1)
+        return chosen
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    """Where token ids go; weights that are offloaded stand on no device."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    if device.type == "meta":
+        device = model.device  # type: ignore[assignment]
+    return device
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
@@ -357,8 +371,11 @@ def _tried(work: Callable[[], list[Generated]]) -> list[Generated] | None:
     """What `work` returns, or None where memory ran out; then everything it held is free again."""
     try:
         return work()
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain kind
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:  # what other devices, and the CPU's allocator, raise
+        text = str(error).lower()
+        if "out of memory" not in text and "can't allocate memory" not in text:
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -376,6 +393,7 @@ def _answer(writer: _Writer, rows: Sequence[_Row], stream: _Stream | None) -> li
     pads = torch.tensor(padding, device=writer.device) if any(padding) else None
     cache = DynamicCache(config=text_config(writer.model))
     new: list[list[int]] = [[] for _ in rows]
+    broken: set[int] = set()
     done: dict[int, float] = {}
     alive = list(range(len(rows)))  # the rows that are still in the batch, in its order
     first = 0.0
@@ -386,8 +404,11 @@ def _answer(writer: _Writer, rows: Sequence[_Row], stream: _Stream | None) -> li
         first = first or now
         stay = []
         for position, (index, token) in enumerate(zip(alive, tokens, strict=True)):
-            new[index].append(token)
-            ended = writer.ended(rows[index], new[index])
+            if token < 0:
+                broken.add(index)
+            else:
+                new[index].append(token)
+            ended = token < 0 or writer.ended(rows[index], new[index])
             if ended:
                 done[index] = now
             else:
@@ -402,7 +423,15 @@ def _answer(writer: _Writer, rows: Sequence[_Row], stream: _Stream | None) -> li
             pads = None if pads is None or not any(padding[alive[i]] for i in stay) else pads[kept]
         alive = [alive[i] for i in stay]
     return [
-        Generated(writer.text(row, new[i]), len(new[i]), tuple(new[i]), first - began, done[i] - first, row.truncated)
+        Generated(
+            text=writer.text(row, new[i]),
+            tokens=len(new[i]),
+            new_token_ids=tuple(new[i]),
+            seconds_prefill=first - began,
+            seconds_decode=done[i] - first,
+            truncated=row.truncated,
+            finite=i not in broken,
+        )
         for i, row in enumerate(rows)
     ]
 
@@ -455,12 +484,26 @@ class _StopStrings(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([self.writer.ended(self.row, new)], device=input_ids.device)
 
 
+class _Watch(LogitsProcessor):  # type: ignore[misc]
+    """Notes where the model's own `generate` meets logits among which there is no likeliest token."""
+
+    def __init__(self) -> None:
+        self.finite = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.max(-1).values.isfinite().all()):
+            return scores
+        self.finite = False
+        return torch.zeros_like(scores)
+
+
 def _own_generate(writer: _Writer, row: _Row, options: _Options, fingerprint: str) -> Generated:
     """One request by the model's own `generate`, with its settings and the request's."""
     ids = torch.tensor([row.prompt], device=writer.device)
     wanted = {"do_sample": False, "max_length": ids.shape[1] + row.limit, **options.extra}
 
     def work() -> list[Generated]:
+        watch = _Watch()
         began = time.perf_counter()
         output = writer.model.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -468,11 +511,12 @@ def _own_generate(writer: _Writer, row: _Row, options: _Options, fingerprint: st
             pad_token_id=writer.pad,
             use_cache=True,
             stopping_criteria=StoppingCriteriaList([_StopStrings(writer, row)]),
+            logits_processor=LogitsProcessorList([watch]),
             **wanted,
         )
         new = output[0, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - began
-        return [Generated(writer.text(row, new), len(new), tuple(new), 0.0, seconds, row.truncated)]
+        return [Generated(writer.text(row, new), len(new), tuple(new), 0.0, seconds, row.truncated, watch.finite)]
 
     with torch.random.fork_rng(devices=[writer.device] if writer.device.type == "cuda" else []):
         torch.manual_seed(int(fingerprint, 16) >> 1)

@@ -47,12 +47,12 @@ class Head:
 
         `logits`: a function of the head's input that replaces the head's product.
         """
-        ids = torch.zeros(len(states), 1, dtype=torch.long, device=self._input_device())
+        ids = torch.zeros(states.shape[-2], 1, dtype=torch.long, device=self._input_device())
         last = self.body.depth - 1
 
         def hand_on(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else next(iter(kwargs.values()))
-            return self.body.wrap(index, states[:, None].to(hidden.device) if index == last else hidden)
+            return self.body.wrap(index, states.unsqueeze(-2).to(hidden.device) if index == last else hidden)
 
         inputs: dict[str, Any] = {"input_ids": ids}
         if "use_cache" in self.body.arguments:
@@ -105,7 +105,7 @@ class Head:
         """Log-likelihood of `tokens` at `places`.
 
         Args:
-            states: (n, channels) hidden states behind the last layer.
+            states: (n, channels) hidden states behind the last layer; (copies, n, channels) where a model keeps several.
             places: (m,) index into states.
             tokens: (m,) token ids.
 
@@ -118,11 +118,11 @@ class Head:
         entered = self.enter(states)
         weight, bias = self.linear.weight, self.linear.bias
         words = weight.shape[0]
-        step = max(256, min(words, SLICE.get(weight.device.type, SLICE["cuda"]) // max(1, len(states))))
+        step = max(256, min(words, SLICE.get(weight.device.type, SLICE["cuda"]) // max(1, states.shape[-2])))
         device = weight.device
         places, tokens = places.to(device), tokens.to(device)
-        top = torch.full((len(states),), -torch.inf, device=device)
-        mass = torch.zeros(len(states), device=device)
+        top = torch.full((len(entered),), -torch.inf, device=device)
+        mass = torch.zeros(len(entered), device=device)
         own = torch.zeros(len(tokens), device=device)
         for low in range(0, words, step):
             rows = slice(low, min(words, low + step))
@@ -152,8 +152,8 @@ class Head:
         values = torch.zeros(len(tokens), device=states.device)
         greedy = torch.zeros(len(tokens), dtype=torch.bool, device=states.device)
         places, tokens = places.to(states.device), tokens.to(states.device)
-        for low in range(0, len(states), 64):
-            logits = self._forward(states[low : low + 64]).float().to(states.device)
+        for low in range(0, states.shape[-2], 64):
+            logits = self._forward(states[..., low : low + 64, :]).float().to(states.device)
             inside = (places >= low) & (places < low + 64)
             row = (places - low).clamp(0, len(logits) - 1)
             top = logits.amax(-1, keepdim=True)

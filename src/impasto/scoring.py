@@ -272,12 +272,12 @@ class _Targets:
         ]
 
     def gather(self, states: States) -> Tensor:
-        """The hidden states at the scored positions, (positions, channels)."""
+        """The hidden states at the scored positions, (..., positions, channels)."""
         picked = [
-            state[rows.to(state.device), columns.to(state.device)].to(states[0].device)
+            state[..., rows.to(state.device), columns.to(state.device), :].to(states[0].device)
             for state, (rows, columns) in zip(states, self.by_level, strict=True)
         ]
-        return torch.cat(picked)
+        return torch.cat(picked, dim=-2)
 
 
 class _Sum:
@@ -372,7 +372,7 @@ class _Walk:
             return
         targets, n = self.targets, self.targets.positions
         recipes = torch.tensor([recipe for recipe, _ in self.waiting]).to(self.values.device)
-        states = torch.cat([states for _, states in self.waiting])
+        states = torch.cat([states for _, states in self.waiting], dim=-2)
         shift = n * torch.arange(len(recipes), device=targets.place.device)[:, None]
         places = (targets.place[None] + shift).reshape(-1)
         tokens = targets.token.repeat(len(recipes))

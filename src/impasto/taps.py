@@ -113,7 +113,7 @@ def tapped(modules: Sequence[nn.Module], handler: Handler) -> Iterator[None]:
     try:
         for index, module in enumerate(modules):
             before.append((module, type(module), module.__dict__.get("_impasto_tap")))
-            base = getattr(type(module), "_impasto_base", type(module))
+            base: Any = getattr(type(module), "_impasto_base", type(module))
             module.__dict__["_impasto_tap"] = (handler, index)
             module.__class__ = _tapped_class(base)
         yield

@@ -1,0 +1,326 @@
+"""`impasto eval`: benchmarks under schedules, each compared with the full model on the same examples."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from impasto import console
+from impasto.cli import options
+from impasto.cli.loading import Loading, check_texts, looking, recipes, recorded, require_tokenizer, run_folder
+from impasto.console import Column, Phases
+from impasto.errors import UsageError
+
+if TYPE_CHECKING:
+    from impasto.models import LoadedModel
+    from impasto.recipe import Recipe
+    from impasto.result import Estimate, Result
+    from impasto.scoring import Work
+    from impasto.store import Store
+    from impasto.tasks import TaskSet
+
+_ASKING = "What is asked"
+TIMED_TOKENS = 256  # of the one forward pass that `--dry-run` times
+
+
+def evaluate(
+    model: options.Model,
+    schedule: options.Schedules = [],  # noqa: B006 (the command line's own copy)
+    edit: options.Edits = [],  # noqa: B006
+    tasks: options.Tasks = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, rich_help_panel=_ASKING, help="Examples per prompt; else the task's own."),
+    ] = None,
+    limit: options.Limit = None,
+    include_path: options.IncludePath = [],  # noqa: B006
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", rich_help_panel=_ASKING, help="Wrap prompts as turns of a chat.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=_ASKING, help="Of the choice of few-shot examples.")
+    ] = 1234,
+    kv: Annotated[options.KV, typer.Option(help="Cache of tasks that write text: exact, or the paper's mean.")] = (
+        options.KV.exact
+    ),
+    batch_size: options.BatchSize = "auto",
+    output: options.Output = None,
+    dry_run: options.DryRun = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    attn_implementation: options.AttnImplementation = None,
+    device_map: options.DeviceMap = None,
+) -> None:
+    """Measure schedules on benchmarks, each paired with the full model on the same examples.
+
+    Answers go into the run folder as they come: the same command, stopped and started again, goes on where it was.
+
+    Examples:
+      impasto eval demo -s "0:8 12:18" --tasks lambada_openai,hellaswag --limit 200
+      impasto eval demo -s "0:5 {5:11} 11:" -s "0:5 10:4 11:" --tasks basic_skills_arithmetic
+      impasto eval demo -s "0:8 12:18" --tasks gsm8k --num-fewshot 5 --dry-run
+    """
+    names = options.split(tasks)
+    if not names:
+        raise UsageError("no tasks: name some with --tasks lambada_openai,hellaswag (`impasto tasks` lists them)")
+    tokens = options.batch_tokens(batch_size)
+    check_texts(schedule, edit)
+    folder = run_folder(output, model, "eval")
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
+    from impasto import tasks as benchmarks
+    from impasto.store import Store
+
+    def asked(progress: Phases, tokenizer: Any = None) -> list[TaskSet]:
+        progress.bytes("reading the tasks", 0, 0)
+        return benchmarks.build(
+            names,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            include=include_path,
+            seed=seed,
+            tokenizer=tokenizer,
+            apply_chat_template=apply_chat_template,
+            progress=progress.bytes,
+            notice=progress.note,
+        )
+
+    with looking(folder) if dry_run else Store(folder) as store:
+        with console.phases() as progress:
+            # Tasks first, since a wrong name costs seconds and a model minutes; a chat template needs the model.
+            questions = [] if apply_chat_template else asked(progress)
+            loaded = loading.load(model, progress)
+            require_tokenizer(loaded)
+            questions = questions or asked(progress, loaded.tokenizer)
+            chosen = compared(loaded, schedule, edit)
+            if dry_run:
+                _print_plan(loaded, chosen, questions, store, tokens, progress)
+                return
+            with recorded(store, ["impasto", *sys.argv[1:]], seed=seed):
+                results = _measured(loaded, chosen, questions, store, kv, tokens, progress)
+        out = console.output()
+        print_schedules(out, loaded, chosen)
+        by_name = {(result.recipe, result.task): result for result in results}
+        for task in questions:
+            out.print("", task_title(task), comparison(chosen, [by_name[r.fingerprint, task.name] for r in chosen]))
+        paths = [_export(store, folder, loaded, recipe, kv) for recipe in chosen]
+    out.print("", console.plain(f"results: {store.path}"), soft_wrap=True)
+    out.print(console.plain(f"lm-eval: {paths[0].parent}, {len(paths)} files"), soft_wrap=True)
+
+
+def compared(loaded: LoadedModel, schedules: Sequence[str], edits: Sequence[str]) -> list[Recipe]:
+    """The full model, then what is measured against it, each once."""
+    full = recipes(loaded, [None], [])
+    asked = recipes(loaded, schedules or ([None] if edits else []), edits)
+    return list({recipe.fingerprint: recipe for recipe in (*full, *asked)}.values())
+
+
+def _measured(
+    loaded: LoadedModel,
+    chosen: Sequence[Recipe],
+    questions: Sequence[TaskSet],
+    store: Store,
+    kv: options.KV,
+    tokens: int | None,
+    progress: Phases,
+) -> list[Result]:
+    from impasto import evaluate as evaluation
+
+    return evaluation.evaluate(
+        loaded,
+        chosen,
+        questions,
+        store,
+        kv=kv.value,
+        batch_tokens=tokens,
+        progress=progress.share,
+        note=progress.note,
+    )
+
+
+def _export(store: Store, folder: Path, loaded: LoadedModel, recipe: Recipe, kv: options.KV) -> Path:
+    from impasto.evaluate import setting_of
+
+    return store.export_lm_eval(folder / "lm-eval", setting_of(loaded, kv.value), recipe.fingerprint)
+
+
+# What is printed -------------------------------------------------------------------------------------------------
+
+
+def print_schedules(out: Console, loaded: LoadedModel, chosen: Sequence[Recipe]) -> None:
+    """Every recipe expanded, once, with the letter by which the tables name it."""
+    for letter, recipe in zip(letters(len(chosen) - 1), chosen[1:], strict=True):
+        text = Text.assemble((f"{letter}  ", "bold"), console.plain(recipe.schedule.describe(loaded.layers)))
+        out.print(Text("schedule ") + text, soft_wrap=True)
+        for edit in recipe.edits:
+            out.print(console.plain(f"    edit {edit}"), soft_wrap=True)
+
+
+def letters(count: int) -> list[str]:
+    """Short names for so many recipes: A, B, ... Z, A2, B2..."""
+    return [chr(ord("A") + i % 26) + (str(i // 26 + 1) if i >= 26 else "") for i in range(count)]
+
+
+def task_title(task: TaskSet) -> Text:
+    """A task, what was asked of it, and what guessing would get."""
+    parts = [task.metric.split(",")[0], f"{task.shots}-shot", f"{task.n:,} examples"]
+    if task.chance is not None:
+        parts.append(f"chance {task.chance:.3f}")
+    if task.majority is not None:
+        parts.append(f"majority {task.majority:.3f}")
+    if not task.higher_is_better:
+        parts.append("smaller is better")
+    return Text.assemble((console.printable(task.name), "bold"), "  ", (", ".join(parts), "dim"))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One recipe on one task: its score, and how far it is from the full model."""
+
+    score: Estimate
+    difference: Estimate | None = None
+    p: float | None = None  # McNemar's, corrected by Holm over the recipes of the task
+    nonfinite: int = 0
+
+
+def rows(results: Sequence[Result]) -> list[Row]:
+    """One row per result; the first one is the full model's."""
+    from impasto import statistics
+    from impasto.result import Estimate
+
+    metric = results[0].info["metric"]
+    full = results[0].scores[metric]
+    made: list[Row] = []
+    for place, result in enumerate(results):
+        scores, value = result.scores[metric], result.metrics[metric]
+        measured = Estimate(value)
+        if not result.nonfinite:
+            estimate = statistics.interval(scores)
+            if math.isclose(estimate.value, value, rel_tol=1e-9, abs_tol=1e-12):
+                measured = estimate
+        both = bool(place) and not result.nonfinite and not results[0].nonfinite
+        made.append(
+            Row(
+                measured,
+                statistics.paired_bootstrap(scores, full) if both else None,
+                statistics.mcnemar(scores, full) if both and _right_or_wrong(scores, full) else None,
+                result.nonfinite,
+            )
+        )
+    tested = [i for i, row in enumerate(made) if row.p is not None]
+    for i, p in zip(tested, statistics.holm([made[i].p or 0.0 for i in tested]), strict=True):
+        made[i] = Row(made[i].score, made[i].difference, float(p), made[i].nonfinite)
+    return made
+
+
+def _right_or_wrong(*columns: Sequence[float | None]) -> bool:
+    return all(score in (0.0, 1.0) for column in columns for score in column)
+
+
+def comparison(chosen: Sequence[Recipe], results: Sequence[Result]) -> Any:
+    """The table of one task."""
+    names = ["full model", *letters(len(chosen) - 1)]
+    lines = [(name, *_score(row), *_difference(row), _p(row.p)) for name, row in zip(names, rows(results), strict=True)]
+    columns = (
+        Column("", "left"),
+        Column("score"),
+        Column("95 % interval", "left"),
+        Column("difference"),
+        Column("95 % interval", "left"),
+        Column("p (Holm)"),
+    )
+    return console.table(columns, lines)
+
+
+def _score(row: Row) -> tuple[object, object]:
+    if row.nonfinite:
+        return Text("undefined", "yellow"), Text(f"{row.nonfinite} not finite", "yellow")
+    return _number(row.score.value), _interval(row.score)
+
+
+def _difference(row: Row) -> tuple[object, object]:
+    if row.difference is None:
+        return "", ""
+    low, high = row.difference.low, row.difference.high
+    clear = low is not None and high is not None and (low > 0 or high < 0)
+    style = ("green" if row.difference.value > 0 else "red") if clear else ""
+    return Text(_number(row.difference.value, sign=True), style), _interval(row.difference, sign=True)
+
+
+def _interval(estimate: Estimate, *, sign: bool = False) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{_number(estimate.low, sign=sign)} to {_number(estimate.high, sign=sign)}"
+
+
+def _number(value: float, *, sign: bool = False) -> str:
+    decimals = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    return f"{value:{'+' if sign else ''},.{decimals}f}".replace("-", "\u2212")
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# What it would take ----------------------------------------------------------------------------------------------
+
+
+def _print_plan(
+    loaded: LoadedModel,
+    chosen: Sequence[Recipe],
+    questions: Sequence[TaskSet],
+    store: Store,
+    tokens: int | None,
+    progress: Phases,
+) -> None:
+    from impasto import evaluate as evaluation
+
+    progress.bytes("planning", 0, 0)
+    work = evaluation.plan(loaded, chosen, questions, store, batch_tokens=tokens)
+    pace = seconds_per_call(loaded)
+    progress.close()
+    out = console.output()
+    print_schedules(out, loaded, chosen)
+    out.print(console.facts(planned(work, pace)))
+    if written := [task.name for task in questions if task.kind == "generate_until"]:
+        console.note(f"texts to be written are not counted: {', '.join(written)}")
+
+
+def planned(work: Work, pace: float) -> Iterator[tuple[str, str]]:
+    """What a plan says, line by line; `pace` is seconds per layer call and token."""
+    yield "recipes", f"{work.recipes:,} (the full model is one)"
+    yield "to do", f"{work.requests:,} requests, {work.batches:,} batches; what is stored is not counted"
+    yield "layer calls", f"{work.shared_calls:,} shared, {work.layer_calls:,} one by one"
+    yield "tokens", f"{work.shared_tokens:,} shared, {work.tokens:,} one by one"
+    if work.cost:
+        yield "sharing", f"{work.naive_cost / work.cost:.1f} times less work"
+    yield "time", f"about {console.duration(work.cost * pace)}, by one timed pass; the head comes on top"
+    yield "memory", f"{work.alive} hidden states of a batch at once"
+
+
+def seconds_per_call(loaded: LoadedModel) -> float:
+    """Seconds that one layer call takes per token, by one forward pass after another to warm up."""
+    from impasto.anatomy import anatomy, probe_inputs, quietly
+
+    body = anatomy(loaded.model)
+    length = min(TIMED_TOKENS, loaded.window)
+    inputs = probe_inputs(loaded.model, length)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in body.arguments else {}
+    began = 0.0
+    with quietly(loaded.model):
+        for _ in range(2):
+            began = time.perf_counter()
+            float(loaded.model(**inputs, **last).logits.flatten()[-1])  # waits for the device
+    return (time.perf_counter() - began) / (length * body.depth)

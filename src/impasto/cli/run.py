@@ -1,0 +1,142 @@
+"""`impasto run`: text under a schedule, below the text of the untouched model."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from impasto import console
+from impasto.cli import options
+from impasto.cli.loading import Loading, check_texts, recipes, require_tokenizer
+from impasto.console import Column
+from impasto.errors import UsageError
+
+if TYPE_CHECKING:
+    from impasto.generation import Generated
+    from impasto.models import LoadedModel
+    from impasto.recipe import Recipe
+
+WARM_UP = 2  # tokens made, and thrown away, before anything is timed
+
+
+def run(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")],
+    schedule: options.ScheduleText = None,
+    edit: options.Edits = [],  # noqa: B006 (the command line's own copy)
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to write at most.")] = 40,
+    kv: Annotated[options.KV, typer.Option(help="Cache: a slot per layer call, or the paper's shared mean.")] = (
+        options.KV.exact
+    ),
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn in the chat template.")] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    attn_implementation: options.AttnImplementation = None,
+    device_map: options.DeviceMap = None,
+) -> None:
+    """Write text under a schedule, and the original's beside it, with the speed of both.
+
+    Examples:
+      impasto run demo -s "0:8 12:18" "The capital of France is"
+      impasto run demo -s "0:6 {6:10}x2 10:" "Once upon a time" --max-new-tokens 60
+      impasto run demo -e "10:16.mlp.*@0.1" "Two plus two is"
+    """
+    if not prompt.strip():
+        raise UsageError("the prompt is empty: give some text to go on from")
+    if schedule is None and not edit:
+        raise UsageError("nothing to compare: give a schedule (-s '0:8 12:18') or an edit (-e '10.mlp.*@0.1')")
+    check_texts([] if schedule is None else [schedule], edit)
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
+    with console.phases() as progress:
+        loaded = loading.load(model, progress)
+        require_tokenizer(loaded)
+        original, changed = recipes(loaded, [None], [])[0], recipes(loaded, [schedule], edit)[0]
+        ids = encoded(loaded, prompt, chat=chat)
+        progress.bytes("warming up", 0, 0)
+        for recipe in (original, changed):
+            _generate(loaded, recipe, ids, WARM_UP, kv, None)
+    out = console.output()
+    out.print(console.plain(f"schedule: {changed.schedule.describe(loaded.layers)}"), soft_wrap=True)
+    for edit_ in changed.edits:
+        out.print(console.plain(f"edit: {edit_}"), soft_wrap=True)
+    made = []
+    for title, recipe, cache in (("original", original, options.KV.exact), ("changed", changed, kv)):
+        out.print("", console.plain(title, "bold"))
+        out.print(console.plain("" if chat else prompt, "dim"), end="", soft_wrap=True)
+        made.append(_generate(loaded, recipe, ids, max_new_tokens, cache, out))
+        out.print()
+    out.print("", speeds(made, len(ids)))
+
+
+def encoded(loaded: LoadedModel, prompt: str, *, chat: bool) -> list[int]:
+    """The prompt's tokens as the model expects them: with its own first token, or as a turn of a chat."""
+    if not chat:
+        return list(loaded.tokenizer.encode(prompt))
+    if getattr(loaded.tokenizer, "chat_template", None) is None:
+        raise UsageError(f"{loaded.name} has no chat template: leave --chat out")
+    text = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return list(loaded.tokenizer.encode(text, add_special_tokens=False))
+
+
+def speeds(made: list[Generated], prompt_tokens: int) -> Any:
+    """Prefill and decode of the original and of the changed model, apart."""
+    rates = [(prompt_tokens / one.seconds_prefill, _decode_rate(one)) for one in made]
+    rows = []
+    for name, one, (prefill, decode) in zip(("original", "changed"), made, rates, strict=True):
+        rows.append((name, _per_second(prefill), _per_second(decode), str(one.tokens), _end(one)))
+    ratios = [_ratio(new, old) for new, old in zip(rates[1], rates[0], strict=True)]
+    rows.append(("ratio", *ratios, "", "one run each: a hint, not a measurement"))
+    columns = (Column("", "left"), Column("prefill"), Column("decode"), Column("tokens"), Column("", "left", fold=True))
+    return console.table(columns, [tuple(Text(c, "dim") if i == 4 else c for i, c in enumerate(row)) for row in rows])
+
+
+def _decode_rate(made: Generated) -> float | None:
+    return (made.tokens - 1) / made.seconds_decode if made.tokens > 1 and made.seconds_decode > 0 else None
+
+
+def _per_second(rate: float | None) -> str:
+    if rate is None:
+        return "–"
+    return f"{rate:,.0f} tokens/s" if rate >= 99.5 else f"{rate:.1f} tokens/s"
+
+
+def _ratio(new: float | None, old: float | None) -> str:
+    return "–" if new is None or old is None else f"{new / old:.2f} x"
+
+
+def _end(made: Generated) -> str:
+    return "the beginning of the prompt was cut off: it is longer than the window" if made.truncated else ""
+
+
+def _generate(
+    loaded: LoadedModel, recipe: Recipe, ids: list[int], tokens: int, kv: options.KV, out: Console | None
+) -> Generated:
+    from impasto.generation import generate
+
+    def stream(_: int, piece: str) -> None:
+        if out is not None:
+            out.print(console.plain(piece), end="", soft_wrap=True)
+
+    with contextlib.ExitStack() as stack:
+        if recipe.edits:
+            from impasto import surgery
+
+            stack.enter_context(surgery.edited(loaded.model, recipe.edits))
+        return generate(
+            loaded.model,
+            loaded.tokenizer,
+            recipe.schedule,
+            [ids],
+            max_new_tokens=tokens,
+            kv=kv.value,
+            window=loaded.window,
+            on_token=stream,
+        )[0]

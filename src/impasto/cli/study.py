@@ -1,0 +1,184 @@
+"""`impasto study`: a whole study of one model, ending with its answers; `impasto report` shows them again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.padding import Padding
+from rich.text import Text
+
+from impasto import console
+from impasto.cli import options
+from impasto.cli.loading import Loading, looking, recorded, require_tokenizer, run_folder
+
+if TYPE_CHECKING:
+    from impasto.result import Answer, Page
+    from impasto.studies.run import StudyPlan
+
+study = typer.Typer(name="study", rich_markup_mode="rich", help="A whole study of one model, as a page.")
+
+_ASKING = "What is asked"
+_STYLES = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
+
+
+class Protocol(StrEnum):
+    """How much a study measures."""
+
+    quick = "quick"
+    standard = "standard"
+    paper = "paper"
+
+
+@study.callback(invoke_without_command=True)
+def _studies(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@study.command("painters")
+def painters(
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="A hub id (org/name), a folder, a .gguf file, or `demo`.")
+    ] = "demo",
+    protocol: Annotated[
+        Protocol,
+        typer.Option(rich_help_panel=_ASKING, help="quick: minutes on two cores; paper: everything the paper ran."),
+    ] = Protocol.quick,
+    tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, rich_help_panel=_ASKING, help="How many random orders; else the protocol's."),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", rich_help_panel=_ASKING, help="Only these methods, with commas between."),
+    ] = None,
+    include_path: options.IncludePath = [],  # noqa: B006 (the command line's own copy)
+    batch_size: options.BatchSize = "auto",
+    output: options.Output = None,
+    dry_run: options.DryRun = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    attn_implementation: options.AttnImplementation = None,
+    device_map: options.DeviceMap = None,
+) -> None:
+    """Ask of a model what "Transformer Layers as Painters" asked: skip, swap, reverse, repeat, run in parallel.
+
+    Every question of the paper gets an answer for this model: yes, no or unclear, with its size and interval. The
+    page, its figures and all results land in the run folder. Ctrl-C loses nothing: the same command goes on.
+
+    Examples:
+      impasto study painters
+      impasto study painters demo --protocol standard --dry-run
+      impasto study painters ./my-model --tasks lambada_openai,winogrande --limit 200 --device cuda
+    """
+    tokens = options.batch_tokens(batch_size)
+    folder = run_folder(output, model, f"painters-{protocol.value}")
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
+    from impasto.store import Store
+
+    with looking(folder) if dry_run else Store(folder) as store, console.phases() as progress:
+        loaded = loading.load(model, progress)
+        require_tokenizer(loaded)
+        progress.bytes("preparing", 0, 0)
+        from impasto.studies.run import dry_run_painters, run_painters
+
+        asked: dict[str, Any] = {
+            "protocol": protocol.value,
+            "task_names": options.split(tasks) or None,
+            "limit": limit,
+            "seeds": seeds,
+            "methods": options.split(methods) or None,
+            "include": tuple(include_path),
+            "store": store,
+            "progress": progress.share,
+            "note": progress.note,
+            "batch_tokens": tokens,
+        }
+        if dry_run:
+            plan = dry_run_painters(loaded, **asked)
+            progress.close()
+            console.output().print(console.facts(planned(plan)))
+            return
+        with recorded(store, ["impasto", *sys.argv[1:]], seed=None):
+            page = run_painters(loaded, **asked)
+        progress.bytes("drawing the page", 0, 0)
+        path = _write(page, folder)
+    _show(page, path)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The run folder of a study, finished or not.")],
+) -> None:
+    """Make the page of a study again from its run folder; needs no model.
+
+    Examples:
+      impasto report impasto-runs/demo-painters-quick
+    """
+    from impasto.store import Store
+
+    with console.phases() as progress:
+        progress.bytes("reading the results", 0, 0)
+        with Store(folder, readonly=True):  # a folder without results is said to be one before anything is imported
+            pass
+        from impasto.studies.run import page_of
+
+        page = page_of(folder)
+        progress.bytes("drawing the page", 0, 0)
+        path = _write(page, folder)
+    _show(page, path)
+
+
+def _write(page: Page, folder: Path) -> Path:
+    from impasto import report as pages
+
+    return pages.write(page, folder)
+
+
+def _show(page: Page, path: Path) -> None:
+    out = console.output()
+    out.print(answers(page))
+    out.print(Text.assemble("report: ", (console.printable(str(path)), "bold")), soft_wrap=True)
+
+
+def answers(page: Page) -> Group:
+    """Every question with its answer, what it rests on, and what the paper found."""
+    parts: list[Any] = [Text.assemble((console.printable(page.title), "bold")), console.plain(page.subtitle, "dim"), ""]
+    for answer in page.answers:
+        parts += [_heading(answer), Padding(_body(answer), (0, 0, 1, 4))]
+    return Group(*parts)
+
+
+def _heading(answer: Answer) -> Any:
+    from impasto.report import VERDICTS
+
+    word, sign = VERDICTS[answer.verdict]
+    verdict = Text(f"{sign} {word.lower()}", _STYLES[answer.verdict])
+    columns = (console.Column("", "left"), console.Column("", "left", fold=True))
+    return console.table(columns, [(verdict, console.plain(answer.question, "bold"))], heading=False)
+
+
+def _body(answer: Answer) -> Any:
+    lines = [console.plain(answer.effect)]
+    if answer.paper:
+        lines.append(Text.assemble(("the paper: ", "dim"), console.plain(answer.paper, "dim")))
+    return Group(*lines)
+
+
+def planned(plan: StudyPlan) -> Iterator[tuple[str, str]]:
+    """What a study would take, line by line."""
+    yield "recipes", f"{plan.recipes:,}"
+    yield "layer calls", f"{plan.shared_calls:,} shared, {plan.layer_calls:,} one by one"
+    yield "tokens", f"{plan.shared_tokens:,} shared, {plan.tokens:,} one by one"
+    yield "examples", ", ".join(f"{name} {count:,}" for name, count in dict(plan.rows).items())
+    yield "time", f"about {console.duration(plan.seconds)}"
+    yield "memory", f"about {console.size(plan.bytes)} beside the weights"

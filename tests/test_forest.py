@@ -1,0 +1,78 @@
+"""The forest holds every sequence once, whole, whatever is shared and however it is cut into batches."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from impasto.forest import MAX_LEVELS, Forest, batches, grow, lay_out
+
+TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
+SEQUENCES = st.lists(TOKENS, min_size=1, max_size=25)
+
+
+def path(forest: Forest, sequence: int) -> tuple[int, ...]:
+    level, row = forest.ends[sequence]
+    tokens: tuple[int, ...] = ()
+    while level >= 0:
+        tokens = forest.levels[level][row].tokens + tokens
+        row, level = forest.levels[level][row].parent, level - 1
+    return tokens
+
+
+@given(SEQUENCES, st.booleans(), st.integers(1, 80))
+@settings(max_examples=300, deadline=None)
+def test_every_sequence_stands_once_and_whole(sequences, share, budget):
+    packed = [lay_out(batch) for batch in batches(grow(sequences, share=share), budget)]
+    found = [s for forest in packed for s in forest.ends]
+    assert sorted(found) == list(range(len(sequences)))
+    for forest in packed:
+        assert len(forest.levels) <= MAX_LEVELS
+        for s in forest.ends:
+            assert path(forest, s) == sequences[s]
+            for back in range(len(sequences[s])):
+                level, row, column = forest.locate(s, back)
+                assert forest.levels[level][row].tokens[column] == sequences[s][-1 - back]
+        for level, rows in enumerate(forest.levels):
+            for row in rows:
+                above = forest.levels[level - 1][row.parent] if level else None
+                assert row.past == (0 if above is None else above.past + len(above.tokens))
+
+
+@given(SEQUENCES)
+@settings(deadline=None)
+def test_sharing_never_runs_more_tokens(sequences):
+    shared = lay_out(grow(sequences)).tokens
+    assert shared <= lay_out(grow(sequences, share=False)).tokens <= sum(map(len, sequences))
+
+
+def test_the_choices_of_a_question_share_it_and_questions_share_the_examples_before_them():
+    examples, sequences = tuple(range(100, 200)), []
+    for question in range(5):
+        asked = examples + tuple(range(1000 + 20 * question, 1020 + 20 * question))
+        sequences += [asked + (choice,) for choice in range(4)]
+    forest = lay_out(grow(sequences))
+    assert [len(level) for level in forest.levels] == [1, 5, 20]
+    assert forest.tokens == 100 + 5 * 20 + 20
+
+
+def test_a_single_common_token_is_not_worth_a_level():
+    sequences = [(1, *range(10 * i, 10 * i + 9)) for i in range(5, 9)]
+    assert [len(level) for level in lay_out(grow(sequences)).levels] == [4]
+
+
+@given(SEQUENCES, st.integers(30, 100))
+@settings(deadline=None)
+def test_a_batch_keeps_to_its_budget_unless_one_sequence_is_longer(sequences, budget):
+    for batch in batches(grow(sequences), budget):
+        forest = lay_out(batch)
+        longest = max(len(sequences[s]) for s in forest.ends)
+        assert forest.padded <= budget or len(forest.ends) == 1 or longest * 2 > budget
+
+
+@pytest.mark.parametrize("length", [1500])
+def test_long_chains_of_prefixes_do_not_exhaust_the_stack(length):
+    sequences = [tuple(range(n)) for n in range(1, length)]
+    forests = [lay_out(batch) for batch in batches(grow(sequences), 100_000)]
+    assert sum(len(forest.ends) for forest in forests) == length - 1
