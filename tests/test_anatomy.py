@@ -36,7 +36,9 @@ def t5(kind: Any) -> Any:
 
 
 STATE = "carries a state of its own from token to token ({}); a slot per call is defined for keys and values only"
-RECURRENT = "carries a recurrent state from token to token in layers {}; a slot per call is defined for keys and values only"
+RECURRENT = (
+    "carries a recurrent state from token to token in layers {}; a slot per call is defined for keys and values only"
+)
 SILENT = (
     "write no keys and values of their own: they read those of another layer, or keep a state of another form, so they "
     "cannot run in any order"
@@ -146,7 +148,9 @@ def test_layers_out_of_order_or_left_out_by_the_model_itself() -> None:
     def flip(model: Any) -> None:
         model.model.layers = Backwards(model.model.layers)
 
-    with pytest.raises(UnsupportedModel, match=r"does not call each of its 6 layers once and in order \(called: \[5, 4"):
+    with pytest.raises(
+        UnsupportedModel, match=r"does not call each of its 6 layers once and in order \(called: \[5, 4"
+    ):
         anatomy(loops(flip))
 
 
@@ -154,7 +158,9 @@ def test_a_model_that_cannot_run_on_the_probe() -> None:
     def break_it(model: Any) -> None:
         model.model.layers[4].mlp.down_proj = nn.Linear(3, 3)
 
-    with pytest.raises(UnsupportedModel, match="^LlamaForCausalLM does not run on a few input_ids alone: RuntimeError: "):
+    with pytest.raises(
+        UnsupportedModel, match="^LlamaForCausalLM does not run on a few input_ids alone: RuntimeError: "
+    ):
         anatomy(loops(break_it))
 
 
@@ -173,9 +179,11 @@ def test_what_is_found(family: str) -> None:
         assert len({m.name for m in matrices}) == len(matrices) >= 4
         for matrix in matrices:
             owner, _, last = matrix.name.rpartition(".")
-            weight = getattr(body.layers[layer].get_submodule(matrix.name), "weight", None) if _is_module(
-                body.layers[layer], matrix.name
-            ) else getattr(body.layers[layer].get_submodule(owner), last)
+            weight = (
+                getattr(body.layers[layer].get_submodule(matrix.name), "weight", None)
+                if _is_module(body.layers[layer], matrix.name)
+                else getattr(body.layers[layer].get_submodule(owner), last)
+            )
             assert tuple(weight.shape) == matrix.shape
         assert sum(m.parameters for m in matrices) <= body.parameters(layer)
 

@@ -31,7 +31,9 @@ def test_two_halves_make_the_block_or_are_refused(family: str) -> None:
     body = anatomy(model)
     if family in REFUSED:
         for layer in range(DEPTH):
-            with pytest.raises(UnsupportedModel, match=rf"^layer {layer} \(\w+\) (cannot be split into halves|has no )"):
+            with pytest.raises(
+                UnsupportedModel, match=rf"^layer {layer} \(\w+\) (cannot be split into halves|has no )"
+            ):
                 halves(model, body, layer)
         with pytest.raises(UnsupportedModel, match="schedule it whole|has no"), scheduled(model, "0.attn 1"):
             pass

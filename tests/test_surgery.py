@@ -79,7 +79,12 @@ def test_components_are_kept_on_disk_and_a_broken_file_is_made_anew(tmp_path: Pa
 
 def test_a_fingerprint_names_numbers_type_and_shape() -> None:
     matrix = random(4, 6)
-    names = {fingerprint(matrix), fingerprint(matrix.bfloat16()), fingerprint(matrix.reshape(6, 4)), fingerprint(-matrix)}
+    names = {
+        fingerprint(matrix),
+        fingerprint(matrix.bfloat16()),
+        fingerprint(matrix.reshape(6, 4)),
+        fingerprint(-matrix),
+    }
     assert len(names) == 4
     assert fingerprint(matrix.T) == fingerprint(matrix.T.contiguous())
 
@@ -313,8 +318,14 @@ def test_half_precision_weights_keep_their_type(dtype: torch.dtype, tmp_path: Pa
         (["3.mlp.down_porj@r4"], "3.mlp.down_porj@r4 matches no matrix of layer 3; nearest: mlp.down_proj"),
         (["1:3.down_proj@r4"], "1,2.down_proj@r4 matches no matrix of layers 1..2; nearest: mlp.down_proj"),
         (["0.input_layernorm@r4"], "0.input_layernorm@r4 matches no matrix of layer 0; nearest: "),
-        (["3.mlp.*@r4", "3.*.up_proj@0.1"], "3.mlp.*@r4 and 3.*.up_proj@0.1 both change mlp.up_proj of layer 3: keep one"),
-        (["3.mlp.up_proj@0.1w"], "the rule 0.1w needs the inputs of a calibration run, which a plain edit does not have"),
+        (
+            ["3.mlp.*@r4", "3.*.up_proj@0.1"],
+            "3.mlp.*@r4 and 3.*.up_proj@0.1 both change mlp.up_proj of layer 3: keep one",
+        ),
+        (
+            ["3.mlp.up_proj@0.1w"],
+            "the rule 0.1w needs the inputs of a calibration run, which a plain edit does not have",
+        ),
     ],
 )
 def test_edits_that_cannot_be(edits: list[str], message: str) -> None:
@@ -327,7 +338,10 @@ def test_edits_that_cannot_be(edits: list[str], message: str) -> None:
 
 def test_options_that_cannot_be() -> None:
     model = shared("llama")
-    with pytest.raises(UsageError, match=r"^form is 'dense' or 'factored', not 'thin'$"), edited(model, [], form="thin"):  # type: ignore[arg-type]
+    with (
+        pytest.raises(UsageError, match=r"^form is 'dense' or 'factored', not 'thin'$"),
+        edited(model, [], form="thin"),
+    ):  # type: ignore[arg-type]
         pass
     with pytest.raises(UsageError, match=r"^svd is 'exact' or 'lowrank', not 'fast'$"), edited(model, [], svd="fast"):  # type: ignore[arg-type]
         pass

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impasto.anatomy import Anatomy, quietly
-from impasto.levels import Enough
+from impasto.anatomy import Anatomy, probe_inputs, quietly
+from impasto.levels import Enough, record
 from impasto.taps import real_call, tapped
 
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits of one slice (positions x words)
@@ -40,6 +40,7 @@ class Head:
         self.body = body
         head = model.get_output_embeddings()
         self.linear = head if isinstance(head, nn.Linear) and head.weight.device.type != "meta" else None
+        self.example: Tensor | None = None  # a few states as they leave the last layer
         self.kind = self._kind()
 
     def _forward(self, states: Tensor, logits: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -84,20 +85,17 @@ class Head:
     def _kind(self) -> str:
         if self.linear is None:
             return "whole"
-        width = next(p.shape[-1] for p in self.model.get_input_embeddings().parameters())
-        weight = self.linear.weight
-        generator = torch.Generator().manual_seed(0)
         with quietly(self.model):
-            try:
-                states = torch.randn(PROBE, width, generator=generator).to(weight.device, weight.dtype)
-                whole = self._forward(states)
-            except RuntimeError:  # the stack's width differs from the embedding's
-                return "whole"
-            entered = self.enter(states)
+            inputs: dict[str, Any] = probe_inputs(self.model, PROBE)
+            if "use_cache" in self.body.arguments:
+                inputs["use_cache"] = False
+            entering, _ = record(self.model, self.body, inputs)
+            states = self.example = entering[..., 0, :, :]
+            whole, entered = self._forward(states), self.enter(states)
             plain = real_call(self.linear, (entered,), {})
             if torch.equal(whole, plain):
                 return "plain"
-            half = weight.shape[0] // 2
+            half = plain.shape[-1] // 2
             part = self._forward(states, lambda x: real_call(self.linear, (x,), {})[..., :half])  # type: ignore[arg-type]
             return "pointwise" if torch.equal(part, whole[:, :half]) else "whole"
 
@@ -105,7 +103,8 @@ class Head:
         """Log-likelihood of `tokens` at `places`.
 
         Args:
-            states: (n, channels) hidden states behind the last layer; (copies, n, channels) where a model keeps several.
+            states: (n, channels) hidden states behind the last layer; (copies, n, channels) where a model
+                keeps several.
             places: (m,) index into states.
             tokens: (m,) token ids.
 
@@ -142,11 +141,9 @@ class Head:
 
     def _pointwise(self, entered: Tensor, piece: Tensor) -> Tensor:
         """What the model's forward does to a slice of logits."""
-        blank = torch.zeros(len(piece), self._state_width(), dtype=entered.dtype, device=entered.device)
+        assert self.example is not None
+        blank = self.example[..., :1, :].repeat_interleave(len(piece), dim=-2)
         return self._forward(blank, lambda _: piece[:, None])
-
-    def _state_width(self) -> int:
-        return int(next(p.shape[-1] for p in self.model.get_input_embeddings().parameters()))
 
     def _score_whole(self, states: Tensor, places: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         values = torch.zeros(len(tokens), device=states.device)

@@ -22,7 +22,7 @@ from impasto.forest import Forest, Row
 from impasto.taps import Context, hidden_of, real_call, tapped
 
 
-class Enough(Exception):  # noqa: N818 - a signal, not an error
+class Enough(Exception):
     """Ends a forward pass when everything that was wanted has been heard."""
 
 

@@ -25,11 +25,11 @@ def digest(*parts: object) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model, as lm-evaluation-harness asks it.
+    r"""One question to a model, as lm-evaluation-harness asks it.
 
     `kind` is "loglikelihood" (of `continuation` after `context`), "rolling" (of the whole text in
     `continuation`) or "generate" (greedy text after `context`; `options` is the JSON text of the harness's
-    generation options, such as `{"max_gen_toks": 64, "until": ["\\n"]}`).
+    generation options, such as `{"max_gen_toks": 64, "until": ["\n"]}`).
     """
 
     kind: Kind

@@ -112,9 +112,12 @@ def evaluate(
         print_schedules(out, loaded, chosen)
         by_name = {(result.recipe, result.task): result for result in results}
         for task in questions:
-            out.print("", task_title(task), comparison(chosen, [by_name[r.fingerprint, task.name] for r in chosen]))
+            out.print()
+            out.print(task_title(task))
+            out.print(comparison(chosen, [by_name[r.fingerprint, task.name] for r in chosen]))
         paths = [_export(store, folder, loaded, recipe, kv) for recipe in chosen]
-    out.print("", console.plain(f"results: {store.path}"), soft_wrap=True)
+    out.print()
+    out.print(console.plain(f"results: {store.path}"), soft_wrap=True)
     out.print(console.plain(f"lm-eval: {paths[0].parent}, {len(paths)} files"), soft_wrap=True)
 
 
@@ -180,6 +183,8 @@ def task_title(task: TaskSet) -> Text:
         parts.append(f"majority {task.majority:.3f}")
     if not task.higher_is_better:
         parts.append("smaller is better")
+    if "perplexity" in task.metric:
+        parts.append("differences in nats")
     return Text.assemble((console.printable(task.name), "bold"), "  ", (", ".join(parts), "dim"))
 
 
@@ -265,7 +270,8 @@ def _interval(estimate: Estimate, *, sign: bool = False) -> str:
 
 def _number(value: float, *, sign: bool = False) -> str:
     decimals = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    return f"{value:{'+' if sign else ''},.{decimals}f}".replace("-", "\u2212")
+    form = ".2e" if abs(value) >= 1e5 else f",.{decimals}f"
+    return f"{value:{'+' if sign else ''}{form}}".replace("-", "\u2212")
 
 
 def _p(p: float | None) -> str:

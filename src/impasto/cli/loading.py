@@ -67,7 +67,7 @@ def check_texts(schedules: Iterable[str], edits: Iterable[str] = ()) -> None:
             problems = []
             for layers in (None, _ANY_DEPTH):
                 try:
-                    read(text, layers)  # type: ignore[operator]
+                    read(text, layers)
                 except NotationError as problem:
                     problems.append(problem)
             if len(problems) == 2 and problems[0].problem == problems[1].problem:

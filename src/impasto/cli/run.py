@@ -67,11 +67,13 @@ def run(
         out.print(console.plain(f"edit: {edit_}"), soft_wrap=True)
     made = []
     for title, recipe, cache in (("original", original, options.KV.exact), ("changed", changed, kv)):
-        out.print("", console.plain(title, "bold"))
+        out.print()
+        out.print(console.plain(title, "bold"))
         out.print(console.plain("" if chat else prompt, "dim"), end="", soft_wrap=True)
         made.append(_generate(loaded, recipe, ids, max_new_tokens, cache, out))
         out.print()
-    out.print("", speeds(made, len(ids)))
+    out.print()
+    out.print(speeds(made, len(ids)))
 
 
 def encoded(loaded: LoadedModel, prompt: str, *, chat: bool) -> list[int]:
@@ -88,14 +90,16 @@ def encoded(loaded: LoadedModel, prompt: str, *, chat: bool) -> list[int]:
 
 def speeds(made: list[Generated], prompt_tokens: int) -> Any:
     """Prefill and decode of the original and of the changed model, apart."""
-    rates = [(prompt_tokens / one.seconds_prefill, _decode_rate(one)) for one in made]
-    rows = []
-    for name, one, (prefill, decode) in zip(("original", "changed"), made, rates, strict=True):
-        rows.append((name, _per_second(prefill), _per_second(decode), str(one.tokens), _end(one)))
-    ratios = [_ratio(new, old) for new, old in zip(rates[1], rates[0], strict=True)]
-    rows.append(("ratio", *ratios, "", "one run each: a hint, not a measurement"))
+    prefill = [prompt_tokens / one.seconds_prefill for one in made]
+    decode = [_decode_rate(one) for one in made]
+    rows: list[tuple[object, ...]] = [
+        (name, _per_second(prefill[i]), _per_second(decode[i]), str(one.tokens), Text(_end(one), "dim"))
+        for i, (name, one) in enumerate(zip(("original", "changed"), made, strict=True))
+    ]
+    hint = Text("one run each: a hint, not a measurement", "dim")
+    rows.append(("ratio", _ratio(*prefill), _ratio(*decode), "", hint))
     columns = (Column("", "left"), Column("prefill"), Column("decode"), Column("tokens"), Column("", "left", fold=True))
-    return console.table(columns, [tuple(Text(c, "dim") if i == 4 else c for i, c in enumerate(row)) for row in rows])
+    return console.table(columns, rows)
 
 
 def _decode_rate(made: Generated) -> float | None:
@@ -108,7 +112,7 @@ def _per_second(rate: float | None) -> str:
     return f"{rate:,.0f} tokens/s" if rate >= 99.5 else f"{rate:.1f} tokens/s"
 
 
-def _ratio(new: float | None, old: float | None) -> str:
+def _ratio(old: float | None, new: float | None) -> str:
     return "–" if new is None or old is None else f"{new / old:.2f} x"
 
 

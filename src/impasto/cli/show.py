@@ -50,12 +50,15 @@ def show(
         memory = cache_bytes(loaded, body)
     out = console.output()
     out.print(_title(loaded))
-    out.print(console.facts(_facts(loaded, body, groups, kinds, memory)), "")
-    out.print(_shares(loaded, body, groups), "")
+    out.print(console.facts(_facts(loaded, body, groups, kinds, memory)))
+    out.print()
+    out.print(_shares(loaded, body, groups))
     for group, kind in zip(groups, kinds, strict=True):
+        out.print()
         out.print(_matrices(body, group, kind if len(groups) > 1 else ""))
     if expanded is not None:
-        out.print("", console.plain(f"schedule: {expanded.describe(body.depth)}", "bold"))
+        out.print()
+        out.print(console.plain(f"schedule: {expanded.describe(body.depth)}", "bold"), soft_wrap=True)
         out.print(console.facts(_counts(loaded, body, expanded, memory)))
 
 
@@ -85,7 +88,9 @@ def cache_bytes(loaded: LoadedModel, body: Anatomy) -> tuple[int, ...]:
     with quietly(loaded.model):
         cache = loaded.model(**inputs, use_cache=True).past_key_values
     tokens = int(inputs["input_ids"].shape[1])
-    return tuple(sum(int(t.numel() * t.element_size()) for t in (one.keys, one.values)) // tokens for one in cache)
+    return tuple(
+        sum(int(t.numel() * t.element_size()) for t in (one.keys, one.values)) // tokens for one in cache.layers
+    )
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -97,6 +102,10 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append((number, number + 1))
     return " ".join(f"{first}:{end}" if end - first > 1 else str(first) for first, end in parts)
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
 def _halves(loaded: LoadedModel, body: Anatomy, layer: int) -> str:
@@ -193,7 +202,7 @@ def _each(body: Anatomy, group: Alike) -> str:
 def _matrices(body: Anatomy, group: Alike, halves: str) -> Any:
     layer = group.layers[0]
     own = body.parameters(layer) or 1
-    title = f"matrices of layers {ranges(group.layers)}" if len(group.layers) > 1 else f"matrices of layer {layer}"
+    title = f"matrices of {_layers(group.layers)}"
     columns = (Column(title, "left", fold=True), Column("shape"), Column("parameters"), Column("share of the layer"))
     rows = [
         (m.name, " x ".join(f"{n:,}" for n in m.shape), console.amount(m.parameters), f"{m.parameters / own:.1%}")
@@ -212,11 +221,11 @@ def _counts(loaded: LoadedModel, body: Anatomy, schedule: Any, memory: tuple[int
     unused = [i for i in range(body.depth) if i not in schedule.layers_used]
     if unused:
         freed = sum(body.parameters(i) for i in unused)
-        yield "not used", f"layers {ranges(unused)}, {console.amount(freed)} parameters"
+        yield "not used", f"{_layers(unused)}, {console.amount(freed)} parameters"
     calls = list(leaves(schedule.steps))
     repeated = sorted({c.layer for c in calls if sum(c == other for other in calls) > 1})
     if repeated:
-        yield "run again", f"layers {ranges(repeated)}"
+        yield "run again", _layers(repeated)
     if memory:
         slots = [call.layer for call in calls if call.half != "mlp"]
         before, after = sum(memory), sum(memory[i] for i in slots)

@@ -58,8 +58,8 @@ def tasks(
     rows = [(info.name, info.kind.replace("_", " "), info.source, info.description) for info in shown]
     out.print(console.table(columns, rows))
     if rest := len(found) - len(shown):
-        out.print("", console.plain(f"and {rest:,} of the evaluation harness, which need the hub: "), end="")
-        out.print("`impasto tasks PATTERN` searches them")
+        out.print()
+        out.print(f"and {rest:,} of the evaluation harness, which need the hub: `impasto tasks PATTERN` searches them")
 
 
 def matching(infos: Sequence[TaskInfo], pattern: str | None) -> list[TaskInfo]:

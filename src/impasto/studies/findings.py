@@ -6,11 +6,14 @@ question is about kinds of tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from impasto.result import Estimate
 from impasto.statistics import verdict
+from impasto.studies.evidence import Cell
+from impasto.studies.protocol import METHODS
 from impasto.studies.reading import (
     KEPT,
     PAPER_ORDER,
@@ -25,7 +28,7 @@ from impasto.studies.reading import (
     widths_of,
     with_interval,
 )
-from impasto.studies.table import Floats, middle_of_tasks
+from impasto.studies.table import Floats, Statistic, middle_of_tasks
 
 Finder = Callable[[Reading], Found | None]
 
@@ -79,7 +82,7 @@ def edges(reading: Reading) -> Found | None:
 
 def needed(reading: Reading) -> Found | None:
     """Whether every layer of the middle is necessary."""
-    cells = sorted(reading_cells(reading, "skip"), key=lambda cell: cell.affected)
+    cells = reading.measured("skip")
     if not cells:
         return None
     each = _simultaneous(reading, cells)
@@ -95,7 +98,7 @@ def needed(reading: Reading) -> Found | None:
         return Found("no", effect, each[0])
     if all(costly):
         return Found("yes", f"{narrow} No number of left-out layers that was tried keeps {KEPT:.0%}.", each[0])
-    return Found("unclear", f"{narrow} Whether {KEPT:.0%} is kept, too few examples tell.", each[0])
+    return Found("unclear", f"{narrow} Whether {KEPT:.0%} is kept, the examples are too few to tell.", each[0])
 
 
 def keeps(method: str) -> Finder:
@@ -107,12 +110,14 @@ def keeps(method: str) -> Finder:
             return None
         table = reading.curves
         kept = table.estimate(mean_over(table.at(cells)))
-        every = sorted(reading_cells(reading, method), key=lambda cell: cell.affected)
+        every = reading.measured(method)
         each = _simultaneous(reading, every)
         spare = [cell for cell, one in zip(every, each, strict=True) if verdict(one, KEPT) == "yes"]
         spare = [cell for cell in spare if cell.affected > 1]
-        widest = f"The widest middle that clearly keeps {KEPT:.0%} is M = {spare[-1].affected}." if spare else (
-            f"No middle of more than one layer clearly keeps {KEPT:.0%}."
+        widest = (
+            f"The widest middle that clearly keeps {KEPT:.0%} is M = {spare[-1].affected}."
+            if spare
+            else (f"No middle of more than one layer clearly keeps {KEPT:.0%}.")
         )
         effect = f"{with_interval(kept)} of the score is left on average over {widths_of(cells)}. {widest}"
         return Found(verdict(kept, KEPT), effect, kept)
@@ -153,7 +158,7 @@ def order(reading: Reading) -> Found | None:
     table = reading.curves
     kept = {method: mean_over(table.at(mine)) for method, mine in cells.items()}
     loss = table.estimate(lambda t: 1 - np.mean([one(t) for one in kept.values()], axis=0))
-    parts = [f"{with_interval(table.estimate(one))} ({named(method, 0).lower()})" for method, one in kept.items()]
+    parts = [f"{with_interval(table.estimate(one))} ({METHODS[method].lower()})" for method, one in kept.items()]
     effect = (
         f"With the middle in another order {listed(parts)} of the score is left, "
         f"on average over {widths_of(next(iter(cells.values())))}."
@@ -215,8 +220,7 @@ def ranking(reading: Reading) -> Found | None:
     by_harm = sorted(zip(scores, found, strict=True))
     order_here = [f"{named(method, loops).lower()} ({said(score)})" for score, method in by_harm]
     effect = (
-        f"From most to least harmful: {', '.join(order_here)}; "
-        f"on average over {widths_of(next(iter(found.values())))}."
+        f"From most to least harmful: {', '.join(order_here)}; on average over {widths_of(next(iter(found.values())))}."
     )
     return Found(verdict(estimate), effect, estimate)
 
@@ -235,7 +239,7 @@ def least_harm(reading: Reading) -> Found | None:
     runner_up = max(kept, key=lambda method: kept[method].value)
     effect = (
         f"Looped parallel keeps {with_interval(table.estimate(mine))} of the score, the best of the others "
-        f"({METHODS_TEXT(runner_up)}) {with_interval(kept[runner_up])}, on average over {widths_of(looped)}."
+        f"({METHODS[runner_up].lower()}) {with_interval(kept[runner_up])}, on average over {widths_of(looped)}."
     )
     return Found(verdict(lead), effect, lead)
 
@@ -251,11 +255,48 @@ def repeats(reading: Reading) -> Found | None:
     singles = table.simultaneous(lambda t: t.reshape(*t.shape[:-2], -1) - 1)
     better = sum(verdict(one) == "yes" for one in singles)
     effect = (
-        f"The best of {len(each)} ({named(cell.method, 0).lower()}, {cell.parameter} times, M = {cell.affected}) scores "
-        f"{with_interval(best)} against the full model. On single tasks {better} of {len(singles)} scores are "
+        f"The best of {len(each)} ({METHODS[cell.method].lower()}, {cell.parameter} times, M = {cell.affected}) is "
+        f"{with_interval(best)} above the full model. On single tasks {better} of {len(singles)} scores are "
         "clearly higher than the full model's."
     )
     if wins:
         return Found("yes", effect, best)
     hopeless = all(one.high is not None and one.high < SLIGHT for one in each)
     return Found("no" if hopeless else "unclear", effect, best)
+
+
+# ── shared pieces ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _simultaneous(reading: Reading, cells: Sequence[Cell]) -> list[Estimate]:
+    table = reading.curves
+    columns = table.at(cells)
+    return table.simultaneous(lambda t: middle_of_tasks(t)[..., columns])
+
+
+def _reordered(reading: Reading) -> dict[str, tuple[Cell, ...]]:
+    """Cells of the methods that change nothing but the order, at the same moderate widths."""
+    return reading.compared("reverse", "random_order")
+
+
+def _gap(reading: Reading, cells: Sequence[Cell]) -> Statistic | None:
+    """Mean score of the tasks that should not need the order minus that of those that should, over some cells."""
+    kinds = [[row for row, task in enumerate(reading.tasks) if task.order_sensitive is kind] for kind in (True, False)]
+    if not cells or not all(kinds):
+        return None
+    columns = reading.curves.at(cells)
+
+    def gap(table: Floats) -> Floats:
+        over_cells = table[..., columns].mean(axis=-1)
+        sensitive, others = (over_cells[..., rows].mean(axis=-1) for rows in kinds)
+        return np.asarray(others - sensitive, np.float64)
+
+    return gap
+
+
+def _tasks(reading: Reading, sensitive: bool) -> str:
+    return listed([task.title for task in reading.tasks if task.order_sensitive is sensitive])
+
+
+def _layers(cell: Cell) -> str:
+    return "1 layer" if cell.affected == 1 else f"{cell.affected} layers"

@@ -21,6 +21,9 @@ SLIGHT = 0.05
 """A difference of normalised scores that nobody would care about."""
 
 
+MINUS = "\u2212"
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What the evidence says to a question."""
@@ -90,6 +93,10 @@ class Reading:
             if cell.method == method and cell.parameter is not None and edge <= cell.parameter < stop
         )
 
+    def measured(self, method: str) -> list[Cell]:
+        """Measured cells of one of the six methods, from the narrowest middle to the widest."""
+        return sorted((cell for cell in self.curves.cells if cell.method == method), key=lambda cell: cell.affected)
+
     def compared(self, *methods: str) -> dict[str, tuple[Cell, ...]]:
         """Cells of methods at the moderate widths at which all of them were measured, in the same order.
 
@@ -130,12 +137,12 @@ def said(value: float, digits: int = 2) -> str:
         '−0.12'
     """
     text = f"{value:.{digits}f}"
-    return "0.00"[: digits + 2] if not float(text) else text.replace("-", "\u2212")
+    return "0.00"[: digits + 2] if not float(text) else text.replace("-", MINUS)
 
 
 def with_interval(estimate: Estimate) -> str:
     """A number with its interval in a sentence; an end that does not exist is infinite."""
-    low = "\u2212\u221e" if estimate.low is None else said(estimate.low)
+    low = MINUS + "\u221e" if estimate.low is None else said(estimate.low)
     high = "\u221e" if estimate.high is None else said(estimate.high)
     return f"{said(estimate.value)} [{low}, {high}]"
 

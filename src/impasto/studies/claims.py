@@ -1,0 +1,337 @@
+"""The questions of the painters paper: how each is decided, what the paper found, and the answer for this model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from impasto.result import Answer
+from impasto.studies import findings, loops, states
+from impasto.studies.findings import Finder
+from impasto.studies.loops import PROPORTIONAL
+from impasto.studies.reading import KEPT, SLIGHT, Reading
+from impasto.studies.states import DISTINCT
+
+SCORE = "normalised score"
+MODERATE = "Averaged over widths of 3 layers up to half of the model."
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question, apart from any model.
+
+    Attributes:
+        key: short name.
+        text: the question.
+        find: what the evidence says to it; None where it was not measured.
+        needs: what is lacking then.
+        unit: of the estimate.
+        paper: what the paper found.
+        rule: how the verdict follows.
+        figure: key of the figure that shows it.
+    """
+
+    key: str
+    text: str
+    find: Finder
+    needs: str
+    unit: str
+    paper: str
+    rule: str
+    figure: str
+
+
+QUESTIONS: tuple[Question, ...] = (
+    Question(
+        key="skip-one",
+        text="Can one middle layer be left out at little cost?",
+        find=findings.single("skip_one"),
+        needs="runs with one layer left out",
+        unit=SCORE,
+        paper=(
+            "Yes: Llama2-7B, 13B and 70B on LAMBADA lose little when one layer is left out, except for the first ones "
+            "and the last. The layers seem to speak one language."
+        ),
+        rule=f"Yes if the interval of the mean over the middle half of the layers lies above {KEPT}, no if below.",
+        figure="layers",
+    ),
+    Question(
+        key="swap",
+        text="Can two neighbouring middle layers trade places at little cost?",
+        find=findings.single("swap"),
+        needs="runs with two neighbours swapped",
+        unit=SCORE,
+        paper="Yes, on the same three models and with the same exceptions.",
+        rule=f"Yes if the interval of the mean over the middle half of the layers lies above {KEPT}, no if below.",
+        figure="layers",
+    ),
+    Question(
+        key="edges",
+        text="Do the first and the last layer matter more than those in the middle?",
+        find=findings.edges,
+        needs="runs with one layer left out",
+        unit=f"difference of {SCORE}",
+        paper="Yes: the first few layers and the last one or two cannot be left out.",
+        rule=(
+            "The score without one layer of the middle half minus that without the first or the last layer: yes if the "
+            "interval lies above zero, no if below."
+        ),
+        figure="layers",
+    ),
+    Question(
+        key="three-groups",
+        text="Do the hidden states fall into a beginning, a middle and an end?",
+        find=states.groups,
+        needs="the similarity of the full model's states",
+        unit="difference of cosine",
+        paper=(
+            "Yes: on Llama2-7B the states 2 to 30 are all at least 0.94 alike, while 30 and 31 are 0.39 alike and 0, "
+            "1, 31 and 32 stand apart; 13B has groups {0}, {1 to 3}, the middle, and the last one or two."
+        ),
+        rule=(
+            "No if one of the three groups is empty. Else, similarity inside the middle minus that to the other "
+            f"states: yes if the interval lies above {DISTINCT}, no if below. The matrix is the paper's."
+        ),
+        figure="similarity",
+    ),
+    Question(
+        key="without-artefacts",
+        text="Does the middle stay a group without the artefacts of the paper's measure?",
+        find=states.artefacts,
+        needs="the similarity of the full model's states",
+        unit="difference of cosine",
+        paper=(
+            "Not asked. The paper's cosine is one over all tokens of a text together, padding included, and a few "
+            "enormous numbers in the first token can decide it."
+        ),
+        rule=(
+            "The least of the differences by the other measures (similarity inside the paper's middle minus that to "
+            f"the other states): yes if its interval lies above {DISTINCT}, no if below."
+        ),
+        figure="similarity",
+    ),
+    Question(
+        key="all-necessary",
+        text="Are all middle layers necessary?",
+        find=findings.needed,
+        needs="runs without the middle",
+        unit=SCORE,
+        paper=(
+            "No: the score falls slowly at first. Llama2-7B without layers 15, 16 and 17 has 0.727 accuracy on LAMBADA "
+            "(0.720 for the full model on the first 100 examples)."
+        ),
+        rule=(
+            f"No if leaving out at least one layer clearly keeps {KEPT}, yes if every number of left-out layers "
+            "clearly keeps less; the intervals hold for all of them at once. The estimate is for the fewest layers."
+        ),
+        figure="summary",
+    ),
+    Question(
+        key="same-function",
+        text="Do the middle layers all do the same?",
+        find=findings.keeps("middle_repeat"),
+        needs="runs with the centre layer repeated",
+        unit=SCORE,
+        paper="No: with the centre layer in the place of the others Llama2-7B fails faster than under any other method.",
+        rule=(
+            f"Yes if the centre layer in every place of the middle clearly keeps {KEPT}, no if clearly less. {MODERATE}"
+        ),
+        figure="summary",
+    ),
+    Question(
+        key="repeat-worse-than-skip",
+        text="Is repeating the centre layer worse than leaving the middle out?",
+        find=findings.above("skip", "middle_repeat"),
+        needs="runs with the middle left out and with the centre layer repeated",
+        unit=f"difference of {SCORE}",
+        paper="Yes, by far: middle repeat is the most harmful of all methods, on BERT-Large too.",
+        rule=f"Skip minus middle repeat: yes if the interval lies above zero, no if below. {MODERATE}",
+        figure="summary",
+    ),
+    Question(
+        key="repeat-drifts",
+        text="Does the repeated layer drive the states away from where they were?",
+        find=states.repeat_drifts,
+        needs="the similarity of states under middle repeat",
+        unit="difference of cosine",
+        paper=(
+            "Yes: with M = 5 on Llama2-7B, skip keeps the trend of the full model's similarity, while under middle "
+            "repeat the states drift apart and the variance of the last two layers explodes."
+        ),
+        rule=(
+            "Cosine of the states before and behind the middle, full model minus middle repeat: yes if the interval "
+            "lies above zero, no if below."
+        ),
+        figure="states",
+    ),
+    Question(
+        key="order-matters",
+        text="Does the order of the middle layers matter?",
+        find=findings.order,
+        needs="runs with the middle reversed or in random order",
+        unit=f"loss of {SCORE}",
+        paper="Somewhat: both reversed and random order lose score gracefully, and do less harm than leaving layers out.",
+        rule=(
+            f"The loss, mean of reverse and random order: yes if the interval lies above {SLIGHT}, no if below. "
+            f"{MODERATE}"
+        ),
+        figure="summary",
+    ),
+    Question(
+        key="random-beats-reverse",
+        text="Is a random order better than the reversed one?",
+        find=findings.above("random_order", "reverse"),
+        needs="runs with the middle reversed and in random order",
+        unit=f"difference of {SCORE}",
+        paper="Yes: the mean of ten random orders lies above the reversed one.",
+        rule=(
+            "Random minus reverse, seeds and examples resampled: yes if the interval lies above zero, no if below. "
+            f"{MODERATE}"
+        ),
+        figure="seeds",
+    ),
+    Question(
+        key="order-by-task",
+        text="Does the order matter more for arithmetic and reasoning than for other tasks?",
+        find=findings.order_by_task,
+        needs="runs in another order, on usable tasks of both kinds",
+        unit=f"difference of {SCORE}",
+        paper="Yes: ARC and GSM8K fall steepest under reverse, skip and parallel; WinoGrande and HellaSwag are robust.",
+        rule=(
+            "Mean score of the other tasks minus that of arithmetic and reasoning, over reverse and random order: yes "
+            f"if the interval lies above zero, no if below. Tasks at chance are left out. {MODERATE}"
+        ),
+        figure="order",
+    ),
+    Question(
+        key="order-itself",
+        text="Is it the order that these tasks need, rather than the layers?",
+        find=findings.order_itself,
+        needs="runs in another order and without the middle, on usable tasks of both kinds",
+        unit=f"difference of {SCORE}",
+        paper=(
+            "Not asked: the paper takes the steeper fall as a sign of order, but skip, which keeps the order, falls "
+            "steeply too."
+        ),
+        rule=(
+            "The gap between the kinds of tasks in another order minus the gap when the same layers are left out: yes "
+            f"if the interval lies above zero, no if below. {MODERATE}"
+        ),
+        figure="order",
+    ),
+    Question(
+        key="parallel",
+        text="Can the middle layers run in parallel?",
+        find=findings.keeps("parallel"),
+        needs="runs with the middle in parallel",
+        unit=SCORE,
+        paper="Yes, except for the tasks that are heavy in mathematics (measured there with averaged KV caches).",
+        rule=f"Yes if all middle layers on the same input clearly keep {KEPT}, no if clearly less. {MODERATE}",
+        figure="summary",
+    ),
+    Question(
+        key="loops-help",
+        text="Does it help to run the parallel layers several times?",
+        find=findings.above("looped_parallel", "parallel"),
+        needs="runs with the middle in parallel, once and looped",
+        unit=f"difference of {SCORE}",
+        paper="Yes: three iterations are better than one at every width but the narrowest.",
+        rule=f"Looped minus single parallel: yes if the interval lies above zero, no if below. {MODERATE}",
+        figure="summary",
+    ),
+    Question(
+        key="iterations-by-width",
+        text="Does the best number of iterations grow with the number of parallel layers?",
+        find=loops.iterations_by_width,
+        needs="the map of iterations by width",
+        unit="iterations per layer",
+        paper="Yes: on Llama2-7B it is roughly proportional to the width, except for M = 29 and 31.",
+        rule=(
+            "Slope of the line through the best number of iterations of every width that is clearly above guessing, "
+            f"the best chosen anew in every resample: yes if the interval lies above {PROPORTIONAL}, no if below."
+        ),
+        figure="loops",
+    ),
+    Question(
+        key="looped-best",
+        text="Is looped parallel the least harmful method?",
+        find=findings.least_harm,
+        needs="runs of looped parallel and of at least three other methods",
+        unit=f"difference of {SCORE}",
+        paper="Yes, on Llama2-7B and on BERT-Large, followed by random order.",
+        rule=(
+            "Looped parallel minus the best of the others, chosen anew in every resample: yes if the interval lies "
+            f"above zero, no if below. {MODERATE}"
+        ),
+        figure="summary",
+    ),
+    Question(
+        key="ranking",
+        text="Do the methods rank as in the paper?",
+        find=findings.ranking,
+        needs="runs of at least four methods",
+        unit="Kendall's tau",
+        paper=(
+            "From most to least harmful on Llama2-7B: middle repeat, skip, parallel, reverse, random order, looped "
+            "parallel with k = 3."
+        ),
+        rule=(
+            "Rank correlation with the paper's order, from -1 to 1: yes if the interval lies above zero (more pairs "
+            f"agree than not), no if below. {MODERATE}"
+        ),
+        figure="summary",
+    ),
+    Question(
+        key="repeats-help",
+        text="Does running the middle two or three times ever beat the full model?",
+        find=findings.repeats,
+        needs="runs with a repeated middle",
+        unit=f"difference of {SCORE}",
+        paper=(
+            "No: neither double nor triple repeat ever does, on Llama2-7B. The paper does not say what is repeated how, "
+            "so both readings run here."
+        ),
+        rule=(
+            "Yes if one of them is clearly above the full model, no if none can be better by more than "
+            f"{SLIGHT}; the intervals hold for all of them at once. The estimate is for the best."
+        ),
+        figure="repeats",
+    ),
+    Question(
+        key="averaged-cache",
+        text="Does the averaged KV cache of the paper's code change what parallel layers write?",
+        find=states.averaged_cache,
+        needs="texts written with exact and averaged caches",
+        unit="share of texts",
+        paper=(
+            "Not asked. The code keeps one averaged cache slot for a whole parallel group; of the paper's tasks only "
+            "GSM8K writes text."
+        ),
+        rule=(
+            "Share of prompts whose text is that of a full pass with exact caches but not with averaged ones: yes if "
+            f"the interval lies above {SLIGHT}, no if below."
+        ),
+        figure="kv",
+    ),
+)
+
+
+def answers(reading: Reading, figures: Iterable[str]) -> tuple[Answer, ...]:
+    """Every question answered for this model; what was not measured is unclear, and says what it needs."""
+    shown = set(figures)
+    return tuple(_answer(question, reading, shown) for question in QUESTIONS)
+
+
+def _answer(question: Question, reading: Reading, shown: set[str]) -> Answer:
+    found = question.find(reading)
+    return Answer(
+        key=question.key,
+        question=question.text,
+        verdict=found.verdict if found else "unclear",
+        effect=found.effect if found else f"Not measured: this needs {question.needs}.",
+        estimate=found.estimate if found else None,
+        unit=question.unit,
+        paper=question.paper,
+        rule=question.rule,
+        figure=question.figure if question.figure in shown else None,
+    )
