@@ -53,9 +53,11 @@ def plain(text: object, style: str = "") -> Text:
 
 
 def fail(text: str) -> None:
-    """Print an error: red, unwrapped, so that a caret stays below what it points at."""
-    line = Text.assemble(("error: ", "bold red"), (printable(text), "red"))
-    messages().print(line, soft_wrap=True)
+    """Print an error in red; indented lines are never wrapped, so that a caret stays below what it points at."""
+    screen = messages()
+    for number, line in enumerate(printable(text).split("\n")):
+        start = Text("" if number else "error: ", "bold red")
+        screen.print(start + Text(line, "red"), soft_wrap=not screen.is_terminal or line.startswith("  "))
 
 
 def note(text: str) -> None:

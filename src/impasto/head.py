@@ -21,6 +21,7 @@ from impasto.taps import real_call, tapped
 
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits of one slice (positions x words)
 PROBE = 3
+FLOOR = -85.0  # exp() of less is a denormal number: nothing in the sum, and fifty times as slow on a CPU
 
 
 class Head:
@@ -134,7 +135,7 @@ class Head:
             own = torch.where(inside, logits[places, column], own)
             peak = torch.maximum(top, logits.amax(-1))
             anchor = torch.where(torch.isfinite(peak), peak, torch.zeros_like(peak))
-            mass = mass * torch.exp(top - anchor) + logits.sub_(anchor[:, None]).exp_().sum(-1)
+            mass = mass * torch.exp(top - anchor) + logits.sub_(anchor[:, None]).clamp_(min=FLOOR).exp_().sum(-1)
             top = peak
         normaliser = torch.where(torch.isfinite(top), top, torch.zeros_like(top)) + mass.log()
         return own - normaliser[places], own >= top[places]

@@ -67,9 +67,9 @@ def evaluate(
     Answers go into the run folder as they come: the same command, stopped and started again, goes on where it was.
 
     Examples:
-      impasto eval demo -s "0:8 12:18" --tasks lambada_openai,hellaswag --limit 200
-      impasto eval demo -s "0:5 {5:11} 11:" -s "0:5 10:4 11:" --tasks basic_skills_arithmetic
-      impasto eval demo -s "0:8 12:18" --tasks gsm8k --num-fewshot 5 --dry-run
+      impasto eval demo -s "0:8 12:18" --tasks lambada_openai,hellaswag
+      impasto eval demo -s "0:5 {5:11} 11:" -s "0:5 10:4 11:" --tasks piqa
+      impasto eval demo -s "0:8 12:18" --tasks gsm8k --limit 50 --dry-run
     """
     names = options.split(tasks)
     if not names:
@@ -299,21 +299,36 @@ def _print_plan(
     progress.close()
     out = console.output()
     print_schedules(out, loaded, chosen)
-    out.print(console.facts(planned(work, pace)))
+    out.print(console.facts(planned(work, pace, _state_bytes(loaded))))
     if written := [task.name for task in questions if task.kind == "generate_until"]:
         console.note(f"texts to be written are not counted: {', '.join(written)}")
 
 
-def planned(work: Work, pace: float) -> Iterator[tuple[str, str]]:
-    """What a plan says, line by line; `pace` is seconds per layer call and token."""
+def planned(work: Work, pace: float, state: int) -> Iterator[tuple[str, str]]:
+    """What a plan says, line by line.
+
+    Args:
+        work: the plan.
+        pace: seconds per layer call and token.
+        state: bytes of one token's hidden state.
+    """
     yield "recipes", f"{work.recipes:,} (the full model is one)"
-    yield "to do", f"{work.requests:,} requests, {work.batches:,} batches; what is stored is not counted"
+    yield (
+        "to do",
+        f"{work.requests:,} requests in {work.batches:,} batch{'es' * (work.batches != 1)}; stored ones are done",
+    )
     yield "layer calls", f"{work.shared_calls:,} shared, {work.layer_calls:,} one by one"
     yield "tokens", f"{work.shared_tokens:,} shared, {work.tokens:,} one by one"
     if work.cost:
         yield "sharing", f"{work.naive_cost / work.cost:.1f} times less work"
     yield "time", f"about {console.duration(work.cost * pace)}, by one timed pass; the head comes on top"
-    yield "memory", f"{work.alive} hidden states of a batch at once"
+    at_once = work.alive * state * work.shared_tokens / max(work.batches, 1)
+    yield "memory", f"about {console.size(at_once)} of hidden states beside the weights ({work.alive} per token)"
+
+
+def _state_bytes(loaded: LoadedModel) -> int:
+    weight = loaded.model.get_input_embeddings().weight
+    return int(weight.shape[-1] * weight.element_size())
 
 
 def seconds_per_call(loaded: LoadedModel) -> float:

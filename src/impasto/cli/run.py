@@ -74,6 +74,7 @@ def run(
         out.print()
     out.print()
     out.print(speeds(made, len(ids)))
+    out.print(console.plain("one run each: a hint, not a measurement", "dim"))
 
 
 def encoded(loaded: LoadedModel, prompt: str, *, chat: bool) -> list[int]:
@@ -96,8 +97,7 @@ def speeds(made: list[Generated], prompt_tokens: int) -> Any:
         (name, _per_second(prefill[i]), _per_second(decode[i]), str(one.tokens), Text(_end(one), "dim"))
         for i, (name, one) in enumerate(zip(("original", "changed"), made, strict=True))
     ]
-    hint = Text("one run each: a hint, not a measurement", "dim")
-    rows.append(("ratio", _ratio(*prefill), _ratio(*decode), "", hint))
+    rows.append(("ratio", _ratio(*prefill), _ratio(*decode), "", ""))
     columns = (Column("", "left"), Column("prefill"), Column("decode"), Column("tokens"), Column("", "left", fold=True))
     return console.table(columns, rows)
 

@@ -79,7 +79,7 @@ def painters(
     Examples:
       impasto study painters
       impasto study painters demo --protocol standard --dry-run
-      impasto study painters ./my-model --tasks lambada_openai,winogrande --limit 200 --device cuda
+      impasto study painters ./my-model --tasks lambada_openai --limit 200
     """
     tokens = options.batch_tokens(batch_size)
     folder = run_folder(output, model, f"painters-{protocol.value}")

@@ -16,7 +16,7 @@ from impasto.errors import UnknownTask
 if TYPE_CHECKING:
     from impasto.tasks import TaskInfo
 
-_ORDER = ("include", "built-in", "harness")
+_TITLES = {"include": "your own", "built-in": "built in, no hub needed", "harness": "of the evaluation harness"}
 
 
 def tasks(
@@ -45,27 +45,24 @@ def tasks(
     if not out.is_terminal:
         for info in found:
             line = "\t".join((info.name, info.kind, info.source, info.description))
-            out.print(console.plain(line.replace("\n", " ")), soft_wrap=True)
+            typer.echo(console.printable(line.replace("\n", " ")))
         return
     near = [info for info in found if info.source != "harness"]
     shown = near if pattern is None else found
-    columns = (
-        Column("task", "left"),
-        Column("kind", "left"),
-        Column("from", "left"),
-        Column("asks", "left", fold=True),
-    )
-    rows = [(info.name, info.kind.replace("_", " "), info.source, info.description) for info in shown]
-    out.print(console.table(columns, rows))
+    for title, source in _TITLES.items():
+        rows = [(info.name, info.kind, info.description) for info in shown if info.source == source]
+        if rows:
+            columns = (Column(title, "left", fold=True), Column("kind", "left"), Column("about", "left", fold=True))
+            out.print(console.table(columns, rows))
+            out.print()
     if rest := len(found) - len(shown):
-        out.print()
         out.print(f"and {rest:,} of the evaluation harness, which need the hub: `impasto tasks PATTERN` searches them")
 
 
 def matching(infos: Sequence[TaskInfo], pattern: str | None) -> list[TaskInfo]:
     """The tasks whose names have the pattern in them, or match it as a glob; the user's own and built-in ones first."""
     chosen = [info for info in infos if pattern is None or _matches(info.name, pattern)]
-    return sorted(chosen, key=lambda info: (_ORDER.index(info.source), info.name))
+    return sorted(chosen, key=lambda info: (list(_TITLES).index(info.source), info.name))
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -13,7 +13,7 @@ from impasto.studies.reading import KEPT, SLIGHT, Reading
 from impasto.studies.states import DISTINCT
 
 SCORE = "normalised score"
-MODERATE = "Averaged over widths of 3 layers up to half of the model."
+MODERATE = "Averaged over widths from 3 layers to 5, or to a third of a deep model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.keeps("middle_repeat"),
         needs="runs with the centre layer repeated",
         unit=SCORE,
-        paper="No: with the centre layer in the place of the others Llama2-7B fails faster than under any other method.",
+        paper="No: with the centre layer in all their places Llama2-7B fails faster than under any other method.",
         rule=(
             f"Yes if the centre layer in every place of the middle clearly keeps {KEPT}, no if clearly less. {MODERATE}"
         ),
@@ -170,7 +170,7 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.order,
         needs="runs with the middle reversed or in random order",
         unit=f"loss of {SCORE}",
-        paper="Somewhat: both reversed and random order lose score gracefully, and do less harm than leaving layers out.",
+        paper="Somewhat: reversed and random order lose score gracefully, and do less harm than leaving layers out.",
         rule=(
             f"The loss, mean of reverse and random order: yes if the interval lies above {SLIGHT}, no if below. "
             f"{MODERATE}"
@@ -288,8 +288,8 @@ QUESTIONS: tuple[Question, ...] = (
         needs="runs with a repeated middle",
         unit=f"difference of {SCORE}",
         paper=(
-            "No: neither double nor triple repeat ever does, on Llama2-7B. The paper does not say what is repeated how, "
-            "so both readings run here."
+            "No: neither double nor triple repeat ever does, on Llama2-7B. The paper does not say how, so both "
+            "readings run here: the middle as a block, and layer by layer."
         ),
         rule=(
             "Yes if one of them is clearly above the full model, no if none can be better by more than "

@@ -48,7 +48,7 @@ def scores(reading: Reading) -> Figure:
     sizes = [f"{task.title} {task.n:,}" for task in evidence.tasks]
     caption = (
         "The untouched model on each task, beside guessing and always choosing the position that is right most often. "
-        f"Where its interval (95 %) reaches guessing, nothing can be learned from the task. Examples: {listed(sizes, 20)}."
+        f"Where its interval (95 %) reaches guessing, the task teaches nothing. Examples: {listed(sizes, 20)}."
     )
     options = {
         "series": ["full model", "guessing", "most frequent position"],
@@ -116,8 +116,8 @@ def summary(reading: Reading) -> Figure:
     rows = _curve(reading, reading.cells(*PAPER_ORDER), lambda cell: named(cell.method, _iterations(reading)))
     caption = (
         "Median over tasks of the normalised score (0 is guessing, 1 the full model) against the number of affected "
-        f"middle layers. {_BAND} Random order is the mean of {reading.evidence.protocol.seeds} seeds or as many as were "
-        f"run, and seeds are resampled too. Tasks: {_titles(reading)}. {_examples(reading, reading.tasks)}"
+        f"middle layers. {_BAND} Random order is the mean over its seeds, which are "
+        f"resampled too. Tasks: {_titles(reading)}. {_examples(reading, reading.tasks)}"
     )
     options = {"rules": _RULES, "series": _series(reading), "section": MIDDLE}
     return Figure("summary", "All methods together", caption, "summary_curves", tuple(rows), options)
@@ -273,10 +273,10 @@ def states(reading: Reading) -> Figure | None:
                 rows.append({"panel": name, "series": title, "x": x, "y": value})
     if not rows:
         return None
-    last = start + width
+    last, centre = start + width, moves.centre(reading.depth)
     caption = (
-        f"The states when layers {start + 1} to {last} are left out, or replaced by layer {moves.centre(reading.depth)} "
-        f"run {width} times, beside the full model's. State 0 is the embeddings; states behind the left-out layers stand "
+        f"The states when layers {start + 1} to {last} are left out, or replaced by layer {centre} run {width} times, "
+        "beside the full model's. State 0 is the embeddings; states behind the left-out layers stand "
         f"at their places in the full model. The middle ends at state {last + 1}. Lengths and cosines are means over "
         "tokens without padding and first tokens; variances are over all entries and tokens but padding."
     )
@@ -305,7 +305,7 @@ def kv(reading: Reading) -> Figure:
     prompts = max((len(row.exact) for row in reading.evidence.kv), default=0)
     tasks = dict.fromkeys(row.task for row in reading.evidence.kv)
     caption = (
-        "Greedy texts with one cache slot for every layer call (exact) and with one averaged slot for a parallel group, "
+        "Greedy texts with a cache slot for every layer call (exact) and with one averaged slot for a parallel group, "
         "as in the paper's code, against the texts of full passes without a cache. Where the group has one layer both "
         f"are the same by definition. {prompts} prompts of {listed(list(tasks))}; 95 % intervals over prompts."
     )

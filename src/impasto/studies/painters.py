@@ -91,7 +91,7 @@ def _notes(evidence: Evidence) -> Iterator[str]:
             )
     for task in evidence.tasks:
         if task not in evidence.usable and evidence.scores(evidence.full, task) is not None:
-            yield f"{task.title}: {_why_unusable(evidence, task)}, so it has no normalised score and no part in answers."
+            yield f"{task.title}: {_why_unusable(evidence, task)}, so it has no normalised score and is in no answer."
     if len(evidence.complete) < len(evidence.usable):
         left = [task.title for task in evidence.usable if task not in evidence.complete]
         yield f"{listed(left)}: not measured for every recipe yet, so not part of medians and answers."
@@ -122,7 +122,7 @@ def _missing(evidence: Evidence) -> Iterator[str]:
     if not evidence.tasks:
         yield "No task was measured."
     elif not evidence.usable:
-        yield "The full model is clearly above guessing on none of the tasks, so no question about scores has an answer."
+        yield "The full model is clearly above guessing on no task, so no question about scores has an answer."
     strangers = sum(
         (variant.recipe, task.name) in evidence.results and evidence.result(variant, task) is None
         for task in evidence.tasks

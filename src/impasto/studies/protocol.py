@@ -41,7 +41,6 @@ METHODS: Mapping[str, str] = MappingProxyType(
 """What a study may run beside the full model, with the titles that figures use."""
 
 FULL = "full"
-NARROWEST_LOOP = 5  # M of the heat map's first column
 LAST_UNLOOPED = 4  # the heat map's iterations end at T - 4
 
 
@@ -50,12 +49,14 @@ class Heat:
     """Which cells of the iterations by width map are run.
 
     Args:
-        widths: how many of the widths M = 5, 7 .. T - 1, spread evenly; None is all.
+        widths: how many of the widths M, see `spread`; None is all.
         iterations: numbers of iterations; None is 1 .. T - 4, the paper's 28 of 32 layers.
+        narrowest: the least width M; the paper's map begins with 5.
     """
 
     widths: int | None = None
     iterations: tuple[int, ...] | None = None
+    narrowest: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Protocol:
         name: "quick", "standard" or "paper".
         limit: examples of a task; None is all of them.
         limits: other limits for some tasks, in (task, limit) pairs.
-        starts: how many start layers N, spread evenly with the first and the last; None is all.
+        starts: how many start layers N, see `spread`; None is all.
         seeds: random orders per start layer, seeded 0, 1, ...
         iterations: of looped parallel; the paper's curves have 3.
         repeats: how often the middle runs in block and in-place repeat.
@@ -107,7 +108,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             starts=6,
             seeds=3,
             repeat_starts=2,
-            heat=Heat(widths=3, iterations=(1, 2, 3, 4, 6, 8)),
+            heat=Heat(widths=4, iterations=(1, 2, 3, 4, 6, 8), narrowest=3),
             texts=24,
             prompts=8,
         ),
@@ -117,7 +118,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             starts=None,
             seeds=5,
             repeat_starts=None,
-            heat=Heat(widths=7, iterations=(1, 2, 3, 4, 6, 8, 11, 14)),
+            heat=Heat(widths=7, iterations=(1, 2, 3, 4, 6, 8, 11, 14), narrowest=3),
             texts=100,
             prompts=32,
         ),
@@ -242,29 +243,34 @@ def state_start(depth: int) -> int:
 
 
 def moderate(depth: int, affected: Iterable[int]) -> tuple[int, ...]:
-    """The widths M that methods are compared at: three layers at least, and at most half of the model.
+    """The widths M that methods are compared at: three layers at least, and at most five or a third of the model.
 
     With fewer every method is nearly the full model, with more nothing is left to compare. A model too shallow
     for that is compared at all its widths of two layers or more.
     """
     widths = sorted({width for width in affected if width > 1})
-    between = tuple(width for width in widths if 3 <= width <= depth / 2)
+    between = tuple(width for width in widths if 3 <= width <= max(5, depth / 3))
     return between or tuple(widths)
 
 
 def spread(values: Sequence[int], count: int | None) -> tuple[int, ...]:
-    """So many of the values, evenly spread, with the first and the last; all where `count` is None or too large.
+    """So many of the values, with the first and the last, closer together towards the last.
+
+    Start layers in ascending order end with the narrowest middles, where curves are steepest. All values are
+    chosen where `count` is None or too large.
 
     Example:
-        >>> spread(range(9), 6)
-        (0, 2, 3, 5, 6, 8)
+        >>> [17 - 2 * start for start in spread(range(9), 6)]    # widths M of 18 layers
+        [17, 13, 9, 5, 3, 1]
     """
     if count is None or count >= len(values):
         return tuple(values)
-    if count == 1:
-        return (values[len(values) // 2],)
-    step = (len(values) - 1) / (count - 1)
-    return tuple(values[int(place * step + 0.5)] for place in range(count))
+    last = len(values) - 1
+    places: list[int] = []  # counted from the narrow end
+    for step in range(count):
+        wanted = int(last * (step / max(count - 1, 1)) ** 1.5 + 0.5)
+        places.append(max(wanted, places[-1] + 1) if places else wanted)
+    return tuple(values[last - place] for place in reversed(places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,8 +308,8 @@ class _Plan:
         wanted = self.protocol.repeat_starts if method.parameter == "times" else self.protocol.starts
         starts = spread(self.starts, self.protocol.starts)
         if method.parameter == "times" and wanted is not None:
-            # Not the outermost, where little is left of any model.
-            starts = spread([n for n in starts if self.affected(n) in self.compared(starts)], wanted)
+            # Where methods are compared: with a wider middle little is left of any model.
+            starts = spread([start for start in starts if self.affected(start) in self.compared(starts)], wanted)
         for start in starts:
             width = self.affected(start)
             if not method.parameter:
@@ -316,7 +322,7 @@ class _Plan:
         heat = self.protocol.heat
         most = max(self.depth - LAST_UNLOOPED, 1)
         iterations = heat.iterations or range(1, most + 1)
-        wide = [start for start in reversed(self.starts) if self.affected(start) >= NARROWEST_LOOP]
+        wide = [start for start in self.starts if self.affected(start) >= heat.narrowest]
         for start in spread(wide, heat.widths):
             for k in iterations:
                 if k <= most:

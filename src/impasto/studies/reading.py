@@ -156,7 +156,7 @@ def listed(words: Sequence[str], most: int = 8) -> str:
 
 def named(method: str, iterations: int) -> str:
     """A method's title in figures."""
-    return f"{METHODS[method]}, k = {iterations}" if method == "looped_parallel" else METHODS[method]
+    return f"{METHODS[method]} (k = {iterations})" if method == "looped_parallel" else METHODS[method]
 
 
 def widths_of(cells: Sequence[Cell]) -> str:

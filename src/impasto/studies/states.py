@@ -117,9 +117,10 @@ def averaged_cache(reading: Reading) -> Found | None:
     mean = interval_of_rows([row.mean for row in rows])
     firsts = [first for row in rows for first in row.mean_first if first is not None]
     where = f" The first other token is number {int(np.median(firsts)) + 1} in the median." if firsts else ""
+    labels = [f"{METHODS.get(row.method, row.method).lower()}, M = {row.affected}" for row in rows]
     effect = (
         f"With exact caches {with_interval(exact)} of the texts are those that a full pass without a cache writes, "
-        f"with averaged caches {with_interval(mean)} ({listed(list(map(cache_label, rows)))}).{where}{_right(rows)}"
+        f"with averaged caches {with_interval(mean)} ({listed(labels)}).{where}{_right(rows)}"
     )
     return Found(verdict(changed, SLIGHT), effect, changed)
 
