@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPE_WIDTH = 200  # columns where nobody looks: a pipe or a file
+LONG_WORD = 24  # columns after which a word no longer waits for its end
 QUIET_SECONDS = 10.0  # between two plain progress lines of one phase
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -36,7 +37,8 @@ def messages() -> Console:
 
 
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    stream = sys.stderr if stderr else sys.stdout
+    console = Console(file=stream, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console
@@ -67,6 +69,49 @@ def note(text: str) -> None:
 
 def _note(console: Console, text: str) -> None:
     console.print(Text.assemble(("note: ", "yellow"), printable(text)), soft_wrap=not console.is_terminal)
+
+
+class Stream:
+    """Writes a text as it comes; in a terminal, lines break between words, so the last word waits until it is whole."""
+
+    def __init__(self, screen: Console) -> None:
+        self.screen = screen
+        self._column = 0
+        self._word = Text()
+
+    def write(self, text: str, style: str = "") -> None:
+        """The next piece of the text."""
+        if not self.screen.is_terminal:
+            self._put(plain(text, style))
+            return
+        for part in re.split(r"(\s)", printable(text)):
+            if not part:
+                continue
+            if part.isspace():
+                self._flush()
+                self._put(Text(part))
+                self._column = 0 if part == "\n" else self._column + len(part.expandtabs())
+            else:
+                self._word.append(part, style)
+                if self._word.cell_len > LONG_WORD:  # a script without spaces, say
+                    self._flush()
+
+    def end(self) -> None:
+        """The text is complete: write what waits, and end the line."""
+        self._flush()
+        self.screen.print()
+
+    def _flush(self) -> None:
+        width = self._word.cell_len
+        if self._column and self._column + width > self.screen.width:
+            self.screen.print()
+            self._column = 0
+        self._put(self._word)
+        self._column += width
+        self._word = Text()
+
+    def _put(self, text: Text) -> None:
+        self.screen.print(text, end="", soft_wrap=True)
 
 
 Justify = Literal["left", "right"]
@@ -175,6 +220,7 @@ class Phases(ABC):
         self.console = console
         self.now = now
         self.clocks: dict[str, _Clock] = {}
+        self._heard = now()  # when something was last reported: then the next phase began
 
     def __enter__(self) -> Self:
         return self
@@ -190,13 +236,20 @@ class Phases(ABC):
         share = min(max(share, 0.0), 1.0)
         known = self.clocks.get(phase)
         if known is None or (known.ended is not None and share < 1):
-            self.clocks[phase] = known = _Clock(now, share if share < 1 else 0.0)
+            at_once = now - self._heard < 1 and share < 1  # no work of this process: an earlier one's
+            self.clocks[phase] = known = _Clock(self._heard, share if at_once else 0.0)
         known.tell(share, now)
+        self._heard = now
         self.show(phase, known)
 
-    @abstractmethod
     def bytes(self, what: str, done: int, total: int) -> None:
         """Something on the side (a download, a check) has done so many bytes; a total of 0 is unknown."""
+        self._heard = self.now()
+        self.aside(what, f"{size(done)} of {size(total)}" if total and done else "", done, total)
+
+    @abstractmethod
+    def aside(self, what: str, text: str, done: int, total: int) -> None:
+        """Show what happens on the side: its name, how far it is in words, in bytes, and the bytes in all."""
 
     @abstractmethod
     def show(self, phase: str, clock: _Clock) -> None:
@@ -234,13 +287,13 @@ class Lines(Phases):
         self._last[phase] = now if clock.ended is None else clock.ended
         self._line(f"{phase}: {clock.share:.0%}", clock.text(now))
 
-    def bytes(self, what: str, done: int, total: int) -> None:
+    def aside(self, what: str, text: str, done: int, total: int) -> None:
         """A line when something new begins, and now and then how far it is."""
         now = self.now()
         if now - self._last.get(what, -QUIET_SECONDS) < QUIET_SECONDS:
             return
         self._last[what] = now
-        self._line(what, f"{size(done)} of {size(total)}" if total and done else "")
+        self._line(what, text)
 
     def close(self) -> None:
         """Nothing to do: every line is complete."""
@@ -269,7 +322,16 @@ class Bars(Phases):
                 return plain(shown(), "dim")
 
         bar = BarColumn(bar_width=24, complete_style="cyan", finished_style="green", pulse_style="cyan")
-        self._bars = Progress(Name(), bar, Status(), console=console, refresh_per_second=4)
+        # Streams are left alone: others redirect them while they work, and the two would undo each other.
+        self._bars = Progress(
+            Name(),
+            bar,
+            Status(),
+            console=console,
+            refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._tasks: dict[str, Any] = {}
         self._side: Any = None
 
@@ -290,9 +352,8 @@ class Bars(Phases):
         text = clock.text(self.now())
         return text if clock.ended is not None else f"{clock.share:4.0%}  {text}"
 
-    def bytes(self, what: str, done: int, total: int) -> None:
-        """Show what happens on the side."""
-        text = f"{size(done)} of {size(total)}" if total else ""
+    def aside(self, what: str, text: str, done: int, total: int) -> None:
+        """A bar at the bottom that comes and goes."""
         if self._side is None:
             self._side = self._bars.add_task(what, total=None, status=lambda: "")
         self._bars.update(self._side, description=what, completed=done, total=total or None, status=lambda: text)

@@ -77,7 +77,7 @@ def plan(
     """What `evaluate` would still have to score; runs nothing. Text generation is not counted in it."""
     setting = setting_of(loaded, kv)
     scored, _ = _requests(tasks)
-    scorer = _scorer(loaded, batch_tokens, None, None)
+    scorer = scorer_of(loaded, batch_tokens)
     works = [scorer.plan(who, what) for who, what in _gaps(store, setting, recipes, scored)]
     return _total(works, len({r.fingerprint for r in recipes}))
 
@@ -122,7 +122,7 @@ def _gaps(store: Store, setting: Setting, recipes: Sequence[Recipe], requests: S
     return list(groups.values())
 
 
-def _scorer(loaded: LoadedModel, batch_tokens: int | None, sharing: Sharing | None, note: Note | None) -> Scorer:
+def scorer_of(loaded: LoadedModel, batch_tokens: int | None, sharing: Sharing | None, note: Note | None) -> Scorer:
     def wear(layer: int, edits: tuple[Edit, ...]) -> AbstractContextManager[object]:
         return surgery.edited(loaded.model, [replace(edit, layers=(layer,)) for edit in edits])
 
@@ -150,7 +150,7 @@ def _score(
     gaps = _gaps(store, setting, recipes, requests)
     if not gaps:
         return
-    scorer = _scorer(loaded, batch_tokens, sharing, note)
+    scorer = scorer_of(loaded, batch_tokens, sharing, note)
     works = [scorer.plan(who, what) for who, what in gaps]
     total = sum(work.cost for work in works) or 1
     done = 0
@@ -187,7 +187,7 @@ def _write(
     gaps = _gaps(store, setting, recipes, requests)
     total = sum(len(who) * len(what) for who, what in gaps)
     done = 0
-    encode = _scorer(loaded, None, None, None).encoder.encode if gaps else None
+    encode = scorer_of(loaded).encoder.encode if gaps else None
     for who, what in gaps:
         for recipe in who:
 

@@ -185,7 +185,7 @@ def task_title(task: TaskSet) -> Text:
         parts.append("smaller is better")
     if "perplexity" in task.metric:
         parts.append("differences in nats")
-    return Text.assemble((console.printable(task.name), "bold"), "  ", (", ".join(parts), "dim"))
+    return Text.assemble((console.printable(task.name), "bold"), "\n", (", ".join(parts), "dim"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,12 @@ import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from impasto import console
 from impasto.cli import options
 from impasto.cli.loading import Loading, check_texts, recipes, require_tokenizer
-from impasto.console import Column
+from impasto.console import Column, Stream
 from impasto.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,9 +68,10 @@ def run(
     for title, recipe, cache in (("original", original, options.KV.exact), ("changed", changed, kv)):
         out.print()
         out.print(console.plain(title, "bold"))
-        out.print(console.plain("" if chat else prompt, "dim"), end="", soft_wrap=True)
-        made.append(_generate(loaded, recipe, ids, max_new_tokens, cache, out))
-        out.print()
+        stream = console.Stream(out)
+        stream.write("" if chat else prompt, "dim")
+        made.append(_generate(loaded, recipe, ids, max_new_tokens, cache, stream))
+        stream.end()
     out.print()
     out.print(speeds(made, len(ids)))
     out.print(console.plain("one run each: a hint, not a measurement", "dim"))
@@ -121,13 +121,13 @@ def _end(made: Generated) -> str:
 
 
 def _generate(
-    loaded: LoadedModel, recipe: Recipe, ids: list[int], tokens: int, kv: options.KV, out: Console | None
+    loaded: LoadedModel, recipe: Recipe, ids: list[int], tokens: int, kv: options.KV, stream: Stream | None
 ) -> Generated:
     from impasto.generation import generate
 
-    def stream(_: int, piece: str) -> None:
-        if out is not None:
-            out.print(console.plain(piece), end="", soft_wrap=True)
+    def tell(_: int, piece: str) -> None:
+        if stream is not None:
+            stream.write(piece)
 
     with contextlib.ExitStack() as stack:
         if recipe.edits:
@@ -142,5 +142,5 @@ def _generate(
             max_new_tokens=tokens,
             kv=kv.value,
             window=loaded.window,
-            on_token=stream,
+            on_token=tell,
         )[0]

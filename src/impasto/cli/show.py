@@ -136,7 +136,7 @@ def _facts(
     setting = loaded.setting
     yield "runs in", f"{setting.dtype} on {setting.device}, {setting.attention} attention"
     yield "weights", f"{loaded.source} ({setting.weights[:12]})"
-    blocks = ", ".join(f"{len(group.layers)} x {group.block}" for group in groups)
+    blocks = ", ".join(f"{len(group.layers)} × {group.block}" for group in groups)
     yield "layers", f"{blocks} in {body.path}"
     if len(set(kinds)) == 1:
         yield "halves", kinds[0]
@@ -196,7 +196,7 @@ def _inside(body: Anatomy, group: Alike) -> int:
 
 
 def _each(body: Anatomy, group: Alike) -> str:
-    return f"{len(group.layers)} x {console.amount(body.parameters(group.layers[0]))}"
+    return f"{len(group.layers)} × {console.amount(body.parameters(group.layers[0]))}"
 
 
 def _matrices(body: Anatomy, group: Alike, halves: str) -> Any:
@@ -205,7 +205,7 @@ def _matrices(body: Anatomy, group: Alike, halves: str) -> Any:
     title = f"matrices of {_layers(group.layers)}"
     columns = (Column(title, "left", fold=True), Column("shape"), Column("parameters"), Column("share of the layer"))
     rows = [
-        (m.name, " x ".join(f"{n:,}" for n in m.shape), console.amount(m.parameters), f"{m.parameters / own:.1%}")
+        (m.name, " × ".join(f"{n:,}" for n in m.shape), console.amount(m.parameters), f"{m.parameters / own:.1%}")
         for m in body.matrices(layer)
     ]
     made = console.table(columns, rows)

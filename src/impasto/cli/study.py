@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
-from rich.padding import Padding
 from rich.text import Text
 
 from impasto import console
@@ -152,26 +151,24 @@ def _show(page: Page, path: Path) -> None:
 
 def answers(page: Page) -> Group:
     """Every question with its answer, what it rests on, and what the paper found."""
-    parts: list[Any] = [Text.assemble((console.printable(page.title), "bold")), console.plain(page.subtitle, "dim"), ""]
-    for answer in page.answers:
-        parts += [_heading(answer), Padding(_body(answer), (0, 0, 1, 4))]
-    return Group(*parts)
+    columns = (console.Column("", "left"), console.Column("", "left", fold=True))
+    rows = [(_verdict(answer), _reason(answer)) for answer in page.answers]
+    title, subtitle = console.plain(page.title, "bold"), console.plain(page.subtitle, "dim")
+    return Group(title, subtitle, "", console.table(columns, rows, heading=False))
 
 
-def _heading(answer: Answer) -> Any:
+def _verdict(answer: Answer) -> Text:
     from impasto.report import VERDICTS
 
     word, sign = VERDICTS[answer.verdict]
-    verdict = Text(f"{sign} {word.lower()}", _STYLES[answer.verdict])
-    columns = (console.Column("", "left"), console.Column("", "left", fold=True))
-    return console.table(columns, [(verdict, console.plain(answer.question, "bold"))], heading=False)
+    return Text(f"{sign} {word.lower()}", _STYLES[answer.verdict])
 
 
-def _body(answer: Answer) -> Any:
-    lines = [console.plain(answer.effect)]
+def _reason(answer: Answer) -> Text:
+    lines = [console.plain(answer.question, "bold"), console.plain(answer.effect)]
     if answer.paper:
-        lines.append(Text.assemble(("the paper: ", "dim"), console.plain(answer.paper, "dim")))
-    return Group(*lines)
+        lines.append(console.plain(f"the paper: {answer.paper}", "dim"))
+    return Text("\n").join([*lines, Text()])
 
 
 def planned(plan: StudyPlan) -> Iterator[tuple[str, str]]:

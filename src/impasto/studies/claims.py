@@ -1,4 +1,4 @@
-"""The questions of the painters paper: how each is decided, what the paper found, and the answer for this model."""
+"""The questions of the painters paper: how each is decided, and the answer for this model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from impasto.result import Answer
 from impasto.studies import findings, loops, states
 from impasto.studies.findings import Finder
 from impasto.studies.loops import PROPORTIONAL
+from impasto.studies.paper import FOUND
 from impasto.studies.reading import KEPT, SLIGHT, Reading
 from impasto.studies.states import DISTINCT
 
@@ -26,7 +27,6 @@ class Question:
         find: what the evidence says to it; None where it was not measured.
         needs: what is lacking then.
         unit: of the estimate.
-        paper: what the paper found.
         rule: how the verdict follows.
         figure: key of the figure that shows it.
     """
@@ -36,7 +36,6 @@ class Question:
     find: Finder
     needs: str
     unit: str
-    paper: str
     rule: str
     figure: str
 
@@ -48,10 +47,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.single("skip_one"),
         needs="runs with one layer left out",
         unit=SCORE,
-        paper=(
-            "Yes: Llama2-7B, 13B and 70B on LAMBADA lose little when one layer is left out, except for the first ones "
-            "and the last. The layers seem to speak one language."
-        ),
         rule=f"Yes if the interval of the mean over the middle half of the layers lies above {KEPT}, no if below.",
         figure="layers",
     ),
@@ -61,7 +56,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.single("swap"),
         needs="runs with two neighbours swapped",
         unit=SCORE,
-        paper="Yes, on the same three models and with the same exceptions.",
         rule=f"Yes if the interval of the mean over the middle half of the layers lies above {KEPT}, no if below.",
         figure="layers",
     ),
@@ -71,7 +65,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.edges,
         needs="runs with one layer left out",
         unit=f"difference of {SCORE}",
-        paper="Yes: the first few layers and the last one or two cannot be left out.",
         rule=(
             "The score without one layer of the middle half minus that without the first or the last layer: yes if the "
             "interval lies above zero, no if below."
@@ -84,10 +77,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=states.groups,
         needs="the similarity of the full model's states",
         unit="difference of cosine",
-        paper=(
-            "Yes: on Llama2-7B the states 2 to 30 are all at least 0.94 alike, while 30 and 31 are 0.39 alike and 0, "
-            "1, 31 and 32 stand apart; 13B has groups {0}, {1 to 3}, the middle, and the last one or two."
-        ),
         rule=(
             "No if one of the three groups is empty. Else, similarity inside the middle minus that to the other "
             f"states: yes if the interval lies above {DISTINCT}, no if below. The matrix is the paper's."
@@ -100,10 +89,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=states.artefacts,
         needs="the similarity of the full model's states",
         unit="difference of cosine",
-        paper=(
-            "Not asked. The paper's cosine is one over all tokens of a text together, padding included, and a few "
-            "enormous numbers in the first token can decide it."
-        ),
         rule=(
             "The least of the differences by the other measures (similarity inside the paper's middle minus that to "
             f"the other states): yes if its interval lies above {DISTINCT}, no if below."
@@ -116,10 +101,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.needed,
         needs="runs without the middle",
         unit=SCORE,
-        paper=(
-            "No: the score falls slowly at first. Llama2-7B without layers 15, 16 and 17 has 0.727 accuracy on LAMBADA "
-            "(0.720 for the full model on the first 100 examples)."
-        ),
         rule=(
             f"No if leaving out at least one layer clearly keeps {KEPT}, yes if every number of left-out layers "
             "clearly keeps less; the intervals hold for all of them at once. The estimate is for the fewest layers."
@@ -132,7 +113,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.keeps("middle_repeat"),
         needs="runs with the centre layer repeated",
         unit=SCORE,
-        paper="No: with the centre layer in all their places Llama2-7B fails faster than under any other method.",
         rule=(
             f"Yes if the centre layer in every place of the middle clearly keeps {KEPT}, no if clearly less. {MODERATE}"
         ),
@@ -144,7 +124,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.above("skip", "middle_repeat"),
         needs="runs with the middle left out and with the centre layer repeated",
         unit=f"difference of {SCORE}",
-        paper="Yes, by far: middle repeat is the most harmful of all methods, on BERT-Large too.",
         rule=f"Skip minus middle repeat: yes if the interval lies above zero, no if below. {MODERATE}",
         figure="summary",
     ),
@@ -154,10 +133,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=states.repeat_drifts,
         needs="the similarity of states under middle repeat",
         unit="difference of cosine",
-        paper=(
-            "Yes: with M = 5 on Llama2-7B, skip keeps the trend of the full model's similarity, while under middle "
-            "repeat the states drift apart and the variance of the last two layers explodes."
-        ),
         rule=(
             "Cosine of the states before and behind the middle, full model minus middle repeat: yes if the interval "
             "lies above zero, no if below."
@@ -170,7 +145,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.order,
         needs="runs with the middle reversed or in random order",
         unit=f"loss of {SCORE}",
-        paper="Somewhat: reversed and random order lose score gracefully, and do less harm than leaving layers out.",
         rule=(
             f"The loss, mean of reverse and random order: yes if the interval lies above {SLIGHT}, no if below. "
             f"{MODERATE}"
@@ -183,7 +157,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.above("random_order", "reverse"),
         needs="runs with the middle reversed and in random order",
         unit=f"difference of {SCORE}",
-        paper="Yes: the mean of ten random orders lies above the reversed one.",
         rule=(
             "Random minus reverse, seeds and examples resampled: yes if the interval lies above zero, no if below. "
             f"{MODERATE}"
@@ -196,7 +169,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.order_by_task,
         needs="runs in another order, on usable tasks of both kinds",
         unit=f"difference of {SCORE}",
-        paper="Yes: ARC and GSM8K fall steepest under reverse, skip and parallel; WinoGrande and HellaSwag are robust.",
         rule=(
             "Mean score of the other tasks minus that of arithmetic and reasoning, over reverse and random order: yes "
             f"if the interval lies above zero, no if below. Tasks at chance are left out. {MODERATE}"
@@ -209,10 +181,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.order_itself,
         needs="runs in another order and without the middle, on usable tasks of both kinds",
         unit=f"difference of {SCORE}",
-        paper=(
-            "Not asked: the paper takes the steeper fall as a sign of order, but skip, which keeps the order, falls "
-            "steeply too."
-        ),
         rule=(
             "The gap between the kinds of tasks in another order minus the gap when the same layers are left out: yes "
             f"if the interval lies above zero, no if below. {MODERATE}"
@@ -225,7 +193,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.keeps("parallel"),
         needs="runs with the middle in parallel",
         unit=SCORE,
-        paper="Yes, except for the tasks that are heavy in mathematics (measured there with averaged KV caches).",
         rule=f"Yes if all middle layers on the same input clearly keep {KEPT}, no if clearly less. {MODERATE}",
         figure="summary",
     ),
@@ -235,7 +202,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.above("looped_parallel", "parallel"),
         needs="runs with the middle in parallel, once and looped",
         unit=f"difference of {SCORE}",
-        paper="Yes: three iterations are better than one at every width but the narrowest.",
         rule=f"Looped minus single parallel: yes if the interval lies above zero, no if below. {MODERATE}",
         figure="summary",
     ),
@@ -245,7 +211,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=loops.iterations_by_width,
         needs="the map of iterations by width",
         unit="iterations per layer",
-        paper="Yes: on Llama2-7B it is roughly proportional to the width, except for M = 29 and 31.",
         rule=(
             "Slope of the line through the best number of iterations of every width that is clearly above guessing, "
             f"the best chosen anew in every resample: yes if the interval lies above {PROPORTIONAL}, no if below."
@@ -258,7 +223,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.least_harm,
         needs="runs of looped parallel and of at least three other methods",
         unit=f"difference of {SCORE}",
-        paper="Yes, on Llama2-7B and on BERT-Large, followed by random order.",
         rule=(
             "Looped parallel minus the best of the others, chosen anew in every resample: yes if the interval lies "
             f"above zero, no if below. {MODERATE}"
@@ -271,10 +235,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.ranking,
         needs="runs of at least four methods",
         unit="Kendall's tau",
-        paper=(
-            "From most to least harmful on Llama2-7B: middle repeat, skip, parallel, reverse, random order, looped "
-            "parallel with k = 3."
-        ),
         rule=(
             "Rank correlation with the paper's order, from -1 to 1: yes if the interval lies above zero (more pairs "
             f"agree than not), no if below. {MODERATE}"
@@ -287,10 +247,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=findings.repeats,
         needs="runs with a repeated middle",
         unit=f"difference of {SCORE}",
-        paper=(
-            "No: neither double nor triple repeat ever does, on Llama2-7B. The paper does not say how, so both "
-            "readings run here: the middle as a block, and layer by layer."
-        ),
         rule=(
             "Yes if one of them is clearly above the full model, no if none can be better by more than "
             f"{SLIGHT}; the intervals hold for all of them at once. The estimate is for the best."
@@ -303,10 +259,6 @@ QUESTIONS: tuple[Question, ...] = (
         find=states.averaged_cache,
         needs="texts written with exact and averaged caches",
         unit="share of texts",
-        paper=(
-            "Not asked. The code keeps one averaged cache slot for a whole parallel group; of the paper's tasks only "
-            "GSM8K writes text."
-        ),
         rule=(
             "Share of prompts whose text is that of a full pass with exact caches but not with averaged ones: yes if "
             f"the interval lies above {SLIGHT}, no if below."
@@ -331,7 +283,7 @@ def _answer(question: Question, reading: Reading, shown: set[str]) -> Answer:
         effect=found.effect if found else f"Not measured: this needs {question.needs}.",
         estimate=found.estimate if found else None,
         unit=question.unit,
-        paper=question.paper,
+        paper=FOUND[question.key],
         rule=question.rule,
         figure=question.figure if question.figure in shown else None,
     )

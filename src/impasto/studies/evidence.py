@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,23 @@ from impasto.studies.protocol import FULL, Protocol, Use, Variant
 
 Floats = NDArray[np.float64]
 
-TITLES: Mapping[str, str] = {
-    "basic_skills_arithmetic": "Arithmetic",
-    "basic_skills_logical_reasoning": "Logical reasoning",
-    "basic_skills_string_operations": "String operations",
-    "basic_skills_pattern": "Pattern",
-    "basic_skills_coding": "Coding",
-    "basic_skills_common_knowledge": "Common knowledge",
-    "lambada_openai": "LAMBADA",
-    "hellaswag": "HellaSwag",
-    "winogrande": "WinoGrande",
-    "piqa": "PIQA",
-    "arc_easy": "ARC-Easy",
-    "arc_challenge": "ARC-Challenge",
-    "gsm8k": "GSM8K",
-}
+TITLES: Mapping[str, str] = MappingProxyType(
+    {
+        "basic_skills_arithmetic": "Arithmetic",
+        "basic_skills_logical_reasoning": "Logical reasoning",
+        "basic_skills_string_operations": "String operations",
+        "basic_skills_pattern": "Pattern",
+        "basic_skills_coding": "Coding",
+        "basic_skills_common_knowledge": "Common knowledge",
+        "lambada_openai": "LAMBADA",
+        "hellaswag": "HellaSwag",
+        "winogrande": "WinoGrande",
+        "piqa": "PIQA",
+        "arc_easy": "ARC-Easy",
+        "arc_challenge": "ARC-Challenge",
+        "gsm8k": "GSM8K",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def repeats(reading: Reading) -> Figure:
         "Median over tasks of the normalised score when the middle runs several times: as a block (8 9 10 8 9 10) or "
         f"layer by layer (8 8 9 9 10 10). {_BAND} Tasks: {_titles(reading)}. {_examples(reading, reading.tasks)}"
     )
-    options = {"rules": _RULES, "section": MIDDLE}
+    options = {"rules": _RULES, "y_title": "normalised score, median over tasks", "section": MIDDLE}
     return Figure("repeats", "The middle two and three times", caption, "affected_curves", tuple(rows), options)
 
 
@@ -208,7 +208,7 @@ def order(reading: Reading) -> Figure | None:
     )
     options = {
         "rules": _RULES,
-        "series": [METHODS[method] for method in found],
+        "series": _series(reading),
         "panel_order": list(kinds.values()),
         "section": ORDER,
     }
@@ -234,8 +234,7 @@ def seeds(reading: Reading) -> Figure | None:
             rows.append({"series": "one random order", "x": cell.affected, "y": float(np.median(each))})
     if not rows:
         return None
-    means_of = {"random_order": "mean of the orders", "reverse": METHODS["reverse"]}
-    rows += _curve(reading, reading.cells(*means_of), lambda cell: means_of[cell.method])
+    rows += _curve(reading, reading.cells("random_order", "reverse"), lambda cell: METHODS[cell.method])
     caption = (
         "Median over tasks of the normalised score for every random order by itself, beside their mean and the "
         "reversed order. The interval of the mean holds for other seeds and other examples. "
@@ -245,7 +244,7 @@ def seeds(reading: Reading) -> Figure | None:
         "rules": _RULES,
         "x_title": "affected layers M",
         "y_title": "normalised score, median over tasks",
-        "series": ["one random order", *means_of.values()],
+        "series": [*_series(reading), "one random order"],
         "section": ORDER,
     }
     return Figure("seeds", "Random orders one by one", caption, "scatter", tuple(rows), options)
@@ -281,7 +280,7 @@ def states(reading: Reading) -> Figure | None:
         "tokens without padding and first tokens; variances are over all entries and tokens but padding."
     )
     options = {
-        "series": list(titles.values()),
+        "series": [titles[FULL], *_series(reading)],
         "log": ["length of the state", "variance of its entries"],
         "x_title": "state",
         "section": WHY,

@@ -255,8 +255,8 @@ def repeats(reading: Reading) -> Found | None:
     singles = table.simultaneous(lambda t: t.reshape(*t.shape[:-2], -1) - 1)
     better = sum(verdict(one) == "yes" for one in singles)
     effect = (
-        f"The best of {len(each)} ({METHODS[cell.method].lower()}, {cell.parameter} times, M = {cell.affected}) differs "
-        f"from the full model by {with_interval(best)}. On single tasks {better} of {len(singles)} scores are "
+        f"The best of {len(each)} ({METHODS[cell.method].lower()}, {cell.parameter} times, M = {cell.affected}) "
+        f"differs from the full model by {with_interval(best)}. On single tasks {better} of {len(singles)} scores are "
         "clearly higher than the full model's."
     )
     if wins:

@@ -242,6 +242,21 @@ def state_start(depth: int) -> int:
     return max(0, (depth - 6) // 2)
 
 
+def cache_schedules(depth: int, protocol: Protocol) -> tuple[Variant, ...]:
+    """Schedules whose texts are compared under exact and averaged caches, one use each: parallel, once and looped.
+
+    The start layer is that of the paper's printed example: 14 of 32 layers, that is M = 3 (4 for an odd number of
+    layers).
+    """
+    start = max(0, (depth - 4) // 2)
+    width = moves.affected(depth, start)
+    looped = moves.looped_parallel(depth, start, protocol.iterations)
+    return (
+        Variant(moves.parallel(depth, start), (Use("parallel", start, width),)),
+        Variant(looped, (Use("looped_parallel", start, width, protocol.iterations),)),
+    )
+
+
 def moderate(depth: int, affected: Iterable[int]) -> tuple[int, ...]:
     """The widths M that methods are compared at: three layers at least, and at most five or a third of the model.
 

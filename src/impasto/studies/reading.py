@@ -12,7 +12,7 @@ from impasto.studies.protocol import METHODS, moderate
 from impasto.studies.table import Floats, Statistic, Table, middle_of_tasks
 
 PAPER_ORDER = ("middle_repeat", "skip", "parallel", "reverse", "random_order", "looped_parallel")
-"""The methods as the paper found them on Llama2-7B, from the most to the least harmful."""
+"""The methods as the paper found them on its 32-layer model, from the most to the least harmful."""
 
 KEPT = 0.8
 """What counts as a small cost: at least four fifths of what the full model has above guessing are kept."""

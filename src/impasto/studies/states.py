@@ -41,7 +41,7 @@ def groups(reading: Reading) -> Found | None:
     if found is None or matrix is None:
         return None
     parts = {name: tuple(found[name]) for name in ("beginning", "middle", "end")}
-    blocks = listed([_states(block) for block in found["blocks"]], 12)
+    blocks = " ".join(f"{{{_states(block)}}}" for block in found["blocks"])
     apart = _separation(matrix, parts["middle"])
     if not all(parts.values()) or apart is None:
         lacking = listed([name for name, states in parts.items() if not states])
