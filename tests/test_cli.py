@@ -23,8 +23,9 @@ from impasto import __version__, console
 from impasto.cli import app, loading, main, options, understood
 from impasto.cli.show import ranges
 from impasto.cli.tasks import matching
-from impasto.errors import MissingExtra, NotationError, UsageError
+from impasto.errors import MissingExtra, NotationError, UnknownTask, UsageError
 from impasto.result import Answer, Estimate, Page, Result
+from impasto.tasks import TaskInfo
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -200,7 +201,6 @@ CARET = """error: there is no layer 43 in a model of 4 layers"""
         ("show x --device tpu9", 2, "error: no device 'tpu9': one of auto, cpu, cuda, cuda:1, mps\n"),
         ("show x --dtype int3", 2, "error: unknown dtype 'int3': one of auto, float32, bfloat16, float16\n"),
         ("report nowhere", 1, "error: no results in nowhere: there is no file results.sqlite. Is it a run folder?\n"),
-        ("eval x --tasks impasto_tiny_choise", 2, "error: no task 'impasto_tiny_choise'; the nearest: "),
     ],
 )
 def test_errors_are_one_clear_line(line: str, code: int, text: str, say: Spoken) -> None:
@@ -211,6 +211,18 @@ def test_errors_are_one_clear_line(line: str, code: int, text: str, say: Spoken)
     assert got == code
     assert last.count("\n") == 1 or "run x hello -s" in line
     assert "Traceback" not in errors
+
+
+def test_an_unknown_task_is_refused_before_the_model_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, say: Spoken
+) -> None:
+    def build(names: list[str], **_: Any) -> None:
+        raise UnknownTask(f"no task {names[0]!r}; the nearest: piqa")
+
+    monkeypatch.setattr("impasto.tasks.build", build)
+    code, _, errors = say("eval", "no-such-model", "--tasks", "pica,lambada")
+    assert code == 2
+    assert errors == "reading the tasks\nerror: no task 'pica'; the nearest: piqa\n"
 
 
 def test_a_schedule_that_is_none_is_refused_before_the_model_is_looked_for(say: Spoken) -> None:
@@ -578,37 +590,50 @@ def test_results_that_are_not_finite_are_said_to_be() -> None:
     assert third.difference is not None and third.difference.value == -0.5
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_tasks_are_a_table_for_eyes_and_lines_for_pipes(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch, say: Spoken
-) -> None:
-    from impasto.tasks import available
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short list of tasks, as reading the real one takes seconds."""
+    infos = [
+        TaskInfo("mmlu", "group", "harness", "tests of many subjects\n[red]"),
+        TaskInfo("mmlu_law", "multiple_choice", "harness", "law"),
+        TaskInfo("piqa", "multiple_choice", "built-in", "everyday physics"),
+        TaskInfo("mine", "generate_until", "include", "my own"),
+    ]
+    monkeypatch.setattr("impasto.tasks.available", lambda include: infos)
 
-    listed = available()
-    monkeypatch.setattr("impasto.tasks.available", lambda include: listed)
-    if terminal:
-        monkeypatch.setenv("TTY_COMPATIBLE", "1")
-        monkeypatch.setenv("NO_COLOR", "1")
-    code, text, _ = say("tasks", "impasto_tiny_*")
+
+def test_tasks_in_a_pipe_are_lines_with_tabs(listed: None, say: Spoken) -> None:
+    code, text, _ = say("tasks")
     assert code == 0
-    names = ["impasto_tiny_choice", "impasto_tiny_generate", "impasto_tiny_lastword", "impasto_tiny_rolling"]
-    if not terminal:
-        rows = [line.split("\t") for line in text.splitlines()]
-        assert [row[0] for row in rows] == names
-        assert rows[0][1:3] == ["multiple_choice", "built-in"]
-        code, _, errors = say("tasks", "no-such-task-at-all")
-        assert code == 2
-        assert "error: no task matches 'no-such-task-at-all'; `impasto tasks` lists those that" in errors
-        return
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
-    assert re.match(r"built in, no hub needed +kind +about", shown)
-    assert re.findall(r"^impasto_\w+", shown, re.M) == names
-    assert re.search(r"and [\d,]+ of the evaluation harness, which need the hub", say("tasks")[1])
+    assert text.splitlines() == [
+        "mine\tgenerate_until\tinclude\tmy own",
+        "piqa\tmultiple_choice\tbuilt-in\teveryday physics",
+        "mmlu\tgroup\tharness\ttests of many subjects [red]",
+        "mmlu_law\tmultiple_choice\tharness\tlaw",
+    ]
+    code, _, errors = say("tasks", "no-such-task")
+    assert code == 2
+    assert "error: no task matches 'no-such-task'; `impasto tasks` lists those that need no hub\n" in errors
+
+
+def test_tasks_in_a_terminal_are_tables(listed: None, monkeypatch: pytest.MonkeyPatch, say: Spoken) -> None:
+    monkeypatch.setattr(console, "output", lambda: Console(width=80, force_terminal=True, color_system=None))
+    code, text, _ = say("tasks")
+    assert code == 0
+    assert [line.rstrip() for line in text.splitlines()] == [
+        "your own  kind            about",
+        "mine      generate_until  my own",
+        "",
+        "built in, no hub needed  kind             about",
+        "piqa                     multiple_choice  everyday physics",
+        "",
+        "and 2 of the evaluation harness, which need the hub: `impasto tasks PATTERN`",
+        "searches them",
+    ]
+    assert "of the evaluation harness  kind" in say("tasks", "mmlu*")[1]
 
 
 def test_what_needs_no_hub_comes_first() -> None:
-    from impasto.tasks import TaskInfo
-
     infos = [
         TaskInfo("arc_a", "multiple_choice", "harness", ""),
         TaskInfo("arc_z", "multiple_choice", "built-in", ""),
@@ -670,8 +695,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def dry_run_painters(loaded: Any, **options: Any) -> Any:
         asked.update(options)
         numbers = {"recipes": 12, "layer_calls": 400, "shared_calls": 90, "tokens": 5000, "shared_tokens": 4000}
-        return types.SimpleNamespace(**numbers, seconds=75.0, bytes=3_000_000, rows={"impasto_tiny_choice": 24})
+        return types.SimpleNamespace(**numbers, seconds=75.0, naive_seconds=500.0, bytes=3_000_000, rows=(("a", 24),))
 
+    monkeypatch.setattr("impasto.fetch.ensure", lambda name, **_: Path(name))
     module = types.ModuleType("impasto.studies.run")
     module.__dict__.update(run_painters=run_painters, dry_run_painters=dry_run_painters, page_of=lambda folder: PAGE)
     monkeypatch.setitem(sys.modules, "impasto.studies.run", module)
@@ -704,8 +730,8 @@ def test_a_study_that_is_only_planned(model: str, tmp_path: Path, measured: dict
         ["recipes", "12"],
         ["layer calls", "90 shared, 400 one by one"],
         ["tokens", "4,000 shared, 5,000 one by one"],
-        ["examples", "impasto_tiny_choice 24"],
-        ["time", "about 75 s"],
+        ["examples", "a 24"],
+        ["time", "about 75 s; one by one 8 min"],
         ["memory", "about 3.0 MB beside the weights"],
     ]
     assert measured["protocol"] == "quick" and measured["task_names"] is None

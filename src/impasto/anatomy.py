@@ -129,6 +129,17 @@ def quietly(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def input_device(model: Any) -> torch.device:
+    """Where the model wants its inputs, also when accelerate keeps its weights elsewhere."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    if execution is not None:
+        return torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
+    weight: Tensor = next(embedding.parameters())
+    return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+
 def probe_inputs(model: nn.Module, length: int = 5) -> dict[str, Tensor]:
     """A tiny valid input: `length` token ids, or one grey ramp of an image.
 

@@ -122,7 +122,14 @@ def _gaps(store: Store, setting: Setting, recipes: Sequence[Recipe], requests: S
     return list(groups.values())
 
 
-def scorer_of(loaded: LoadedModel, batch_tokens: int | None, sharing: Sharing | None, note: Note | None) -> Scorer:
+def scorer_of(
+    loaded: LoadedModel,
+    batch_tokens: int | None = None,
+    sharing: Sharing | None = None,
+    note: Note | None = None,
+) -> Scorer:
+    """A scorer of this model that can apply edits."""
+
     def wear(layer: int, edits: tuple[Edit, ...]) -> AbstractContextManager[object]:
         return surgery.edited(loaded.model, [replace(edit, layers=(layer,)) for edit in edits])
 

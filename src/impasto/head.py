@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impasto.anatomy import Anatomy, probe_inputs, quietly
+from impasto.anatomy import Anatomy, input_device, probe_inputs, quietly
 from impasto.levels import Enough, record
 from impasto.taps import real_call, tapped
 
@@ -36,7 +36,7 @@ class Head:
     small chunks of positions.
     """
 
-    def __init__(self, model: nn.Module, body: Anatomy) -> None:
+    def __init__(self, model: Any, body: Anatomy) -> None:
         self.model = model
         self.body = body
         head = model.get_output_embeddings()
@@ -49,7 +49,7 @@ class Head:
 
         `logits`: a function of the head's input that replaces the head's product.
         """
-        ids = torch.zeros(states.shape[-2], 1, dtype=torch.long, device=self._input_device())
+        ids = torch.zeros(states.shape[-2], 1, dtype=torch.long, device=input_device(self.model))
         last = self.body.depth - 1
 
         def hand_on(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,10 +66,6 @@ class Head:
             with tapped([self.linear], lambda _, args, kwargs: logits(args[0])):
                 other: Tensor = self.model(**inputs).logits[:, 0]
             return other
-
-    def _input_device(self) -> torch.device:
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return self.model.device if device.type == "meta" else device
 
     def enter(self, states: Tensor) -> Tensor:
         """What enters the head for states (n, channels) behind the last layer: normalised, projected, (n, d)."""

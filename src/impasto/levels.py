@@ -46,14 +46,14 @@ class Level:
     columns: Tensor | None
 
 
-class _LevelKeys(Cache):
+class _LevelKeys(Cache):  # type: ignore[misc]
     """Stands for the cache during one layer call on one level: joins past and new keys, and remembers them."""
 
     def __init__(self, level: Level, above: _LevelKeys | None) -> None:
         self.level = level
         self.above = above
         self.joined: tuple[Tensor, Tensor] | None = None
-        self.layers = []
+        self.layers: list[Any] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.above is None or self.above.joined is None:

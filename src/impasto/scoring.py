@@ -18,13 +18,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from impasto.anatomy import anatomy, quietly
+from impasto.anatomy import anatomy, input_device, quietly
 from impasto.edit import Edit
 from impasto.encoding import Encoder, Piece
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
@@ -113,8 +114,8 @@ class Scorer:
         note: called with a sentence when something happens that the user should know.
     """
 
-    model: nn.Module
-    tokenizer: object
+    model: Any
+    tokenizer: Any
     budget: int | None = None
     sharing: Sharing = field(default_factory=Sharing)
     wear: Wear | None = None
@@ -127,9 +128,7 @@ class Scorer:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} does not predict next tokens, so texts cannot be scored with it"
             )
-        self.device = self.model.get_input_embeddings().weight.device
-        if self.device.type == "meta":
-            self.device = self.model.device
+        self.device = input_device(self.model)
         if self.device.type == "cpu":
             _keep_freed_memory()
         if self.budget is None:
@@ -194,6 +193,7 @@ class Scorer:
         pieces = self.encoder.pieces(requests)
         answers = _Answers(len(recipes), len(requests), pieces)
         roots = [plant(recipes)] if self.sharing.calls else [_alone(recipes, i) for i in range(len(recipes))]
+        calls = sum(count(root).calls for root in roots)
         budget = self.budget or 1
         queue = batches(self.trees(pieces), budget)
         total = sum(lay_out(batch).padded for batch in queue)
@@ -201,8 +201,13 @@ class Scorer:
         while queue:
             batch = queue[0]
             forest = lay_out(batch)
+
+            def tell(share: float, before: int = done, here: int = forest.padded, whole: int = total) -> None:
+                if progress is not None:
+                    progress((before + share * here) / whole)
+
             try:
-                values, greedy = self._run(roots, forest, pieces, len(recipes))
+                values, greedy = self._run(roots, forest, pieces, len(recipes), calls, tell)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -225,18 +230,22 @@ class Scorer:
             finished = answers.add(sorted(forest.ends), values, greedy)
             if on_batch is not None and finished is not None:
                 on_batch(finished)
-            if progress is not None:
-                progress(done / total)
         return answers.scores()
 
     def _run(
-        self, roots: Sequence[Place], forest: Forest, pieces: Sequence[Piece], recipes: int
+        self,
+        roots: Sequence[Place],
+        forest: Forest,
+        pieces: Sequence[Piece],
+        recipes: int,
+        calls: int,
+        tell: Callable[[float], None],
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Sums over each sequence of a batch, for all recipes: (recipes, sequences) values and greedy flags."""
         with quietly(self.model):
             levels = prepare(self.model, self.body, forest, self.device)
             targets = _Targets(forest, pieces, self.device)
-            walk = _Walk(self, levels, targets, recipes)
+            walk = _Walk(self, levels, targets, recipes, lambda made: tell(made / calls))
             for root in roots:
                 walk.visit([root], [level.hidden for level in levels])
             return walk.finish()
@@ -313,8 +322,17 @@ class _Sum:
 class _Walk:
     """One batch's walk over the tree of recipes."""
 
-    def __init__(self, scorer: Scorer, levels: Sequence[Level], targets: _Targets, recipes: int) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        levels: Sequence[Level],
+        targets: _Targets,
+        recipes: int,
+        tell: Callable[[int], None],
+    ) -> None:
         self.scorer = scorer
+        self.tell = tell
+        self.made = 0
         self.levels = levels
         self.targets = targets
         self.sums: dict[tuple[int, Bundle], _Sum] = {}
@@ -325,6 +343,8 @@ class _Walk:
 
     def call(self, symbol: Symbol, states: States) -> States:
         scorer, layer = self.scorer, symbol.call.layer
+        self.tell(self.made)
+        self.made += 1
         with contextlib.ExitStack() as stack:
             if symbol.edits and scorer.wear is not None:
                 stack.enter_context(scorer.wear(layer, symbol.edits))
@@ -387,6 +407,7 @@ class _Walk:
 
     def finish(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         self.flush()
+        self.tell(self.made)
         values: NDArray[np.float64] = self.values.cpu().numpy()
         greedy: NDArray[np.bool_] = self.greedy.cpu().numpy()
         return values, greedy

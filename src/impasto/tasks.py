@@ -181,6 +181,22 @@ class TaskSet:
             },
         )
 
+    def questions(self) -> tuple[tuple[str, str], ...]:
+        """(prompt, right answer) of every example with choices of an answer after one prompt; empty for other tasks."""
+        if self.kind != "multiple_choice":
+            return ()
+        examples: dict[int, list[Any]] = {}
+        for instance in self._task.instances:
+            examples.setdefault(instance.doc_id, []).append(instance)
+        found: list[tuple[str, str]] = []
+        for instances in examples.values():
+            ordered = sorted(instances, key=lambda instance: instance.idx)
+            right = _listed(self._task.doc_to_target(ordered[0].doc))[0]
+            prompts = {instance.args[0] for instance in ordered}
+            if len(prompts) == 1 and isinstance(right, int) and 0 <= right < len(ordered):
+                found.append(ordered[right].args)
+        return tuple(found)
+
     def _judge(self, mine: Mapping[str, tuple[Request, Response]], broken: set[str]) -> dict[str, list[Any]]:
         """Per metric and filter, the harness's raw value of every example in order; None for a broken one."""
         task = copy.copy(self._task)

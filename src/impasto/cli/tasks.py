@@ -49,7 +49,7 @@ def tasks(
         return
     near = [info for info in found if info.source != "harness"]
     shown = near if pattern is None else found
-    for title, source in _TITLES.items():
+    for source, title in _TITLES.items():
         rows = [(info.name, info.kind, info.description) for info in shown if info.source == source]
         if rows:
             columns = (Column(title, "left", fold=True), Column("kind", "left"), Column("about", "left", fold=True))

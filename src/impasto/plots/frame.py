@@ -186,11 +186,12 @@ def fit(rows: Rows, rules: Sequence[Rule], given: Sequence[float] | None = None)
 def x_axis(cell: Cell, title: str, rows: Rows, *, pad: float = 0.0) -> alt.X:
     """The x axis (field `x`) for all rows of a figure; labelled under the lowest panel of a column only."""
     low, high = span(numbers(rows, "x"))
+    ticks = x_ticks(numbers(rows, "x"), max(2, min(10, cell.width // 26)))
     axis = look(
         title=title if cell.bottom else None,
         labels=cell.bottom,
-        values=x_ticks(numbers(rows, "x"), max(2, min(10, cell.width // 26))),
-        format=FORMAT,
+        values=ticks,
+        format=",d" if all(float(tick).is_integer() for tick in ticks) else FORMAT,
         labelOverlap=False,
     )
     scale = look(domain=[low - pad, high + pad], nice=False, zero=False)

@@ -113,7 +113,8 @@ def evidence(store: Store, setting: Setting, asked: Asked) -> Evidence:
 
 
 def _cached(value: Mapping[str, Any]) -> Cached:
-    return Cached(**{name: tuple(v) if isinstance(v, list) else v for name, v in value.items()})
+    kept: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
+    return Cached(**kept)
 
 
 def facts(store: Store, setting: Setting, asked: Asked) -> dict[str, str]:

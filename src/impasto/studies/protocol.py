@@ -103,14 +103,20 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         "quick": Protocol(
             name="quick",
-            limit=60,
-            limits=(("lambada_openai", 80),),
-            starts=6,
-            seeds=3,
-            repeat_starts=2,
-            heat=Heat(widths=4, iterations=(1, 2, 3, 4, 6, 8), narrowest=3),
-            texts=24,
-            prompts=8,
+            limit=40,
+            limits=(
+                ("basic_skills_logical_reasoning", 24),
+                ("basic_skills_string_operations", 12),
+                ("lambada_openai", 32),
+                ("hellaswag", 8),
+                ("winogrande", 20),
+            ),
+            starts=5,
+            seeds=2,
+            repeat_starts=1,
+            heat=Heat(widths=3, iterations=(1, 2, 3, 5), narrowest=3),
+            texts=16,
+            prompts=6,
         ),
         "standard": Protocol(
             name="standard",

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 Note = Callable[[str], None]
 
-MEASURES = ("paper", "tokens", "centred", "cka")
 WRITTEN = 12  # tokens of an answer under exact and averaged caches
 KV_METHODS = ("parallel", "looped_parallel")
 
@@ -213,7 +212,7 @@ def _tasks(
 def _compare_states(study: _Study, store: Store, progress: Progress | None) -> None:
     """Similarity along the full model, and along skip and middle repeat at one width (E3, E15)."""
     from impasto.evaluate import scorer_of
-    from impasto.similarity import groups, padded, similarity
+    from impasto.similarity import MEASURES, groups, padded, similarity
 
     schedules = state_schedules(study.asked.depth)
     missing = {
@@ -308,7 +307,7 @@ def _cached(
             contexts,
             max_new_tokens=WRITTEN,
             until=("\n",),
-            kv=kv,  # type: ignore[arg-type]
+            kv=kv,
         )
         for kv in ("exact", "mean")
     }

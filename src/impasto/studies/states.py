@@ -45,11 +45,9 @@ def groups(reading: Reading) -> Found | None:
     apart = _separation(matrix, parts["middle"])
     if not all(parts.values()) or apart is None:
         lacking = listed([name for name, states in parts.items() if not states])
-        return Found(
-            "no", f"There is no {lacking} group. Blocks of states at {found['tau']:g} or more: {blocks}.", apart
-        )
+        return Found("no", f"There is no {lacking} group. Blocks of like states: {blocks}.", apart)
     effect = (
-        f"Blocks of states of which every pair is at least {found['tau']:g} alike: {blocks}. The middle "
+        f"Blocks of like states: {blocks}. The middle "
         f"({_states(parts['middle'])}) is more alike inside than to the other states by {with_interval(apart)}."
     )
     return Found(verdict(apart, DISTINCT), effect, apart)
