@@ -170,7 +170,7 @@ def blocks(i: int, j: int) -> float:
 
 
 GROUPS = {
-    "tau": 0.9,
+    "threshold": 0.9,
     "blocks": [[0], [1], list(range(2, 11)), [11], [12]],
     "beginning": [0, 1],
     "middle": list(range(2, 11)),

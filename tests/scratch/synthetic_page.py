@@ -1,4 +1,4 @@
-# ruff: noqa: E501, B905
+# ruff: noqa: B905
 """A page of invented numbers, to look at drawings while changing them: `python synthetic_page.py FOLDER`.
 
 Nothing here was measured.

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impasto import moves
 from impasto.recipe import Recipe
 from impasto.result import Page, Setting
 from impasto.schedule import Schedule
@@ -15,7 +14,7 @@ from impasto.store import Store
 from impasto.studies import painters
 from impasto.studies.evidence import Cached
 from impasto.studies.kept import Asked, evidence, page_of
-from impasto.studies.protocol import Protocol, protocol, state_schedules, state_start, variants
+from impasto.studies.protocol import Protocol, Variant, cache_schedules, protocol, state_schedules, variants
 
 if TYPE_CHECKING:
     from impasto.models import LoadedModel
@@ -25,7 +24,6 @@ Progress = Callable[[str, float], None]
 Note = Callable[[str], None]
 
 WRITTEN = 12  # tokens of an answer under exact and averaged caches
-KV_METHODS = ("parallel", "looped_parallel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,7 @@ def run_painters(
     study = _prepare(loaded, store, protocol, task_names, limit, seeds, methods, include, progress, note)
     evaluate(loaded, study.recipes, study.tasks, store, batch_tokens=batch_tokens, progress=progress, note=note)
     _compare_states(study, store, progress)
-    _compare_caches(study, store, progress)
+    _compare_caches(study, store, progress, note)
     return painters.page(evidence(store, study.setting, study.asked))
 
 
@@ -256,29 +254,30 @@ def _as_recipe(study: _Study, schedule: Schedule) -> Recipe:
 # KV caches ----------------------------------------------------------------------------------------------------------
 
 
-def _compare_caches(study: _Study, store: Store, progress: Progress | None) -> None:
+def _compare_caches(study: _Study, store: Store, progress: Progress | None, note: Note | None) -> None:
     """Text written under exact and averaged caches, beside what the same schedule says without any cache (E18)."""
     prompts = _prompts(study)
-    if not prompts:
-        return
-    start = state_start(study.asked.depth)
-    for i, method in enumerate(KV_METHODS):
-        if study.asked.methods is not None and method not in study.asked.methods:
-            continue
-        schedule = _built(method, study.asked.depth, start)
-        recipe = _as_recipe(study, schedule)
+    chosen = [
+        variant
+        for variant in cache_schedules(study.asked.depth, study.protocol)
+        if study.asked.methods is None or variant.uses[0].method in study.asked.methods
+    ]
+    for i, variant in enumerate(chosen if prompts else ()):
+        method = variant.uses[0].method
+        recipe = _as_recipe(study, variant.schedule)
         if store.measurement(study.setting, recipe, "kv", method) is not None:
             continue
         if progress is not None:
-            progress("comparing KV caches", i / len(KV_METHODS))
-        found = _cached(study, method, start, schedule, prompts)
+            progress("comparing KV caches", i / len(chosen))
+        try:
+            found = _cached(study, variant, prompts)
+        except UsageError as problem:  # layers of different windows have no averaged cache
+            if note is not None:
+                note(f"KV caches not compared: {problem}")
+            break
         store.put_measurement(study.setting, recipe, "kv", method, asdict(found))
-    if progress is not None:
+    if progress is not None and chosen:
         progress("comparing KV caches", 1.0)
-
-
-def _built(method: str, depth: int, start: int) -> Schedule:
-    return moves.parallel(depth, start) if method == "parallel" else moves.looped_parallel(depth, start, 3)
 
 
 def _prompts(study: _Study) -> list[tuple[str, str, str]]:
@@ -291,12 +290,11 @@ def _prompts(study: _Study) -> list[tuple[str, str, str]]:
     return []
 
 
-def _cached(
-    study: _Study, method: str, start: int, schedule: Schedule, prompts: Sequence[tuple[str, str, str]]
-) -> Cached:
+def _cached(study: _Study, variant: Variant, prompts: Sequence[tuple[str, str, str]]) -> Cached:
     from impasto.evaluate import scorer_of
     from impasto.generation import generate
 
+    schedule, use = variant.schedule, variant.uses[0]
     encoder = scorer_of(study.loaded).encoder
     contexts = [encoder.encode(asked) for _, asked, _ in prompts]
     written: dict[str, list[Any]] = {
@@ -319,9 +317,9 @@ def _cached(
         mean_first.append(_leaves(mean.new_token_ids, without, sure))
     right = [answer.strip() for _, _, answer in prompts]
     return Cached(
-        method=method,
-        start=start,
-        affected=moves.affected(study.asked.depth, start),
+        method=use.method,
+        start=use.start or 0,
+        affected=use.affected,
         task=prompts[0][0],
         exact=tuple(first is None for first in exact_first),
         mean=tuple(first is None for first in mean_first),
