@@ -138,7 +138,9 @@ def rows(folder: Path) -> dict[str, list]:
     with Store(folder, readonly=True) as store:
         (setting,) = store.settings()
         return {
-            "results": sorted((r.recipe, r.task, sorted(r.metrics.items()), sorted(r.scores.items())) for r in store.results(setting)),
+            "results": sorted(
+                (r.recipe, r.task, sorted(r.metrics.items()), sorted(r.scores.items())) for r in store.results(setting)
+            ),
             "recipes": sorted(store.recipes()),
         }
 

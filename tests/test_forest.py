@@ -51,7 +51,7 @@ def test_the_choices_of_a_question_share_it_and_questions_share_the_examples_bef
     examples, sequences = tuple(range(100, 200)), []
     for question in range(5):
         asked = examples + tuple(range(1000 + 20 * question, 1020 + 20 * question))
-        sequences += [asked + (choice,) for choice in range(4)]
+        sequences += [(*asked, choice) for choice in range(4)]
     forest = lay_out(grow(sequences))
     assert [len(level) for level in forest.levels] == [1, 5, 20]
     assert forest.tokens == 100 + 5 * 20 + 20

@@ -38,7 +38,7 @@ from impasto.result import Request
 from impasto.trie import Bundle, Symbol, count, naive_calls, next_symbols, plant, together
 from impasto.trie import Node as Place
 
-BUDGET = {"cpu": 2048, "cuda": 16384}  # padded tokens of one batch, before memory says otherwise
+BUDGET = {"cpu": 2048, "cuda": 65536}  # padded tokens of one batch, before memory says otherwise
 HEAD_ROWS = 1024  # scored positions that the head takes at once
 
 States = list[Tensor]

@@ -117,12 +117,17 @@ def _cached(value: Mapping[str, Any]) -> Cached:
     return Cached(**kept)
 
 
+def _shown(name: str) -> str:
+    """A model's name without the folders of the machine that it ran on."""
+    return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
+
+
 def facts(store: Store, setting: Setting, asked: Asked) -> dict[str, str]:
     """Where the numbers of a page come from, in words."""
     runs = store.runs()
     first: Run | None = runs[0] if runs else None
     told = {
-        "model": setting.model,
+        "model": _shown(setting.model),
         "weights": f"{asked.source}, fingerprint {setting.weights[:16]}",
         "computed in": f"{setting.dtype} on {setting.device}, {setting.attention} attention, exact KV cache",
         "protocol": asked.protocol,

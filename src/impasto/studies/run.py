@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from impasto.errors import UsageError
 from impasto.recipe import Recipe
 from impasto.result import Page, Setting
 from impasto.schedule import Schedule
