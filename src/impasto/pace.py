@@ -12,9 +12,9 @@ from impasto.anatomy import quietly
 from impasto.forest import grow, lay_out
 from impasto.head import SLICE
 from impasto.levels import call_layer, prepare
-from impasto.scoring import Scorer, Work
+from impasto.scoring import HEAD_ROWS, Scorer, Work
 
-ROWS, WIDTH = 4, 64
+WIDTH = 64
 ROUNDS = 3
 TINY = 1e-9
 
@@ -51,21 +51,22 @@ class Pace:
 def pace(scorer: Scorer) -> Pace:
     """Run one middle layer and the head a few times on random tokens and take the fastest."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, 256, (ROWS, WIDTH), generator=generator).tolist()
+    rows = max(4, min(256, (scorer.budget or 0) // (4 * WIDTH)))  # a batch of a size that the device will see
+    words = torch.randint(3, 256, (rows, WIDTH), generator=generator).tolist()
     forest = lay_out(grow([tuple(row) for row in words], share=False))
     with quietly(scorer.model):
         levels = prepare(scorer.model, scorer.body, forest, scorer.device)
         states = [level.hidden for level in levels]
         layer = _fastest(scorer, lambda: call_layer(scorer.body, scorer.body.depth // 2, levels, states))
         flat = states[0].flatten(-3, -2)
-        rows = flat.shape[-2]
-        places = torch.arange(rows, device=scorer.device)
-        head = _fastest(scorer, lambda: scorer.head.score(flat, places, places))
+        places = torch.arange(min(HEAD_ROWS, flat.shape[-2]), device=scorer.device)
+        few = flat[..., : len(places), :]
+        head = _fastest(scorer, lambda: scorer.head.score(few, places, places % 256))
     size = states[0].element_size()
     return Pace(
-        layer=layer / (ROWS * WIDTH),
-        head=head / rows,
-        state=states[0].numel() // (ROWS * WIDTH) * size,
+        layer=layer / (rows * WIDTH),
+        head=head / len(places),
+        state=states[0].numel() // (rows * WIDTH) * size,
         slice=3 * 4 * SLICE.get(scorer.device.type, SLICE["cuda"]),
     )
 
