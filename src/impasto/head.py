@@ -21,7 +21,7 @@ from impasto.taps import real_call, tapped
 
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits of one slice (positions x words)
 PROBE = 3
-FLOOR = -85.0  # exp() of less is a denormal number: nothing in the sum, and fifty times as slow on a CPU
+FLOOR = -85.0  # exp() of less is a denormal number: nothing in the sum, and very slow on a CPU
 
 
 class Head:

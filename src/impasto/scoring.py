@@ -477,8 +477,8 @@ def _free(device: torch.device) -> None:
 def _keep_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of handing them back to the system after every matrix product.
 
-    Without this every large temporary costs its page faults anew; a vocabulary-wide product was measured to take
-    1.7 times as long. Elsewhere than on glibc nothing happens.
+    Without this every large temporary costs its page faults anew, which a vocabulary-wide product feels. Elsewhere
+    than on glibc nothing happens.
     """
     if sys.platform != "linux":
         return
