@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
-from impasto.anatomy import Anatomy, anatomy, quietly, text_config
+from impasto.anatomy import Anatomy, anatomy, input_device, quietly, text_config
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
 from impasto.result import Request, Response
 from impasto.runtime import KV, scheduled
@@ -234,7 +234,7 @@ class _Writer:
             tokenizer=tokenizer,
             encode=encode or plainly,
             window=window or context_window(model, tokenizer),
-            device=_input_device(model),
+            device=input_device(model),
             ends=ends,
             pad=int(pad) if pad is not None else min(ends, default=0),
         )
@@ -300,14 +300,6 @@ class _Writer:
         best = self.model(**options).logits[:, -1].max(-1)
         chosen: Tensor = torch.where(best.values.isfinite(), best.indices, -1)
         return chosen
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    """Where token ids go; weights that are offloaded stand on no device."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    if device.type == "meta":
-        device = model.device  # type: ignore[assignment]
-    return device
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
