@@ -347,8 +347,8 @@ def _dequantise(file: Path, folder: Path) -> None:
         with torch.device("meta"):
             size = sum(tensor.numel() for tensor in kind.from_config(config).parameters())
         dtype = torch.float32 if 4 * size <= EXACT else torch.bfloat16
-        model = kind.from_pretrained(**where, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = kind.from_pretrained(**where, config=config, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**where, config=config)
     # The model still carries its quantiser and cannot be saved: put its tensors into a bare one of the same class.
     config = model.config
     for name in ("quantization_config", "_name_or_path"):

@@ -70,6 +70,7 @@ class Protocol:
         starts: how many start layers N, see `spread`; None is all.
         seeds: random orders per start layer, seeded 0, 1, ...
         iterations: of looped parallel; the paper's curves have 3.
+        swap_step: swap every so manyth pair of neighbours; 1 is all of them.
         repeats: how often the middle runs in block and in-place repeat.
         repeat_starts: how many start layers these two have; None is all.
         heat: cells of the heat map.
@@ -89,6 +90,7 @@ class Protocol:
     prompts: int
     limits: tuple[tuple[str, int | None], ...] = ()
     iterations: int = 3
+    swap_step: int = 1
     repeats: tuple[int, ...] = (2, 3)
     methods: tuple[str, ...] = tuple(METHODS)
     tasks: tuple[str, ...] = TASKS
@@ -105,14 +107,15 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             name="quick",
             limit=32,
             limits=(
-                ("basic_skills_logical_reasoning", 16),
+                ("basic_skills_logical_reasoning", 12),
                 ("basic_skills_string_operations", 6),
-                ("lambada_openai", 24),
+                ("lambada_openai", 18),
                 ("hellaswag", 4),
                 ("winogrande", 8),
             ),
-            starts=4,
-            seeds=2,
+            starts=5,
+            seeds=3,
+            swap_step=2,
             repeat_starts=1,
             heat=Heat(widths=2, iterations=(1, 2, 3), narrowest=3),
             texts=16,
@@ -315,7 +318,8 @@ class _Plan:
         """One layer after the other left out, or swapped with the next."""
         width = 1 if name == "skip_one" else 2
         build: Callable[[int, int], Schedule] = moves.skip_one if name == "skip_one" else moves.swap_adjacent
-        for layer in range(self.depth + 1 - width):
+        step = self.protocol.swap_step if name == "swap" else 1
+        for layer in range(0, self.depth + 1 - width, step):
             yield Use(name, None, width, layer), build(self.depth, layer)
 
     def sweep(self, name: str) -> Iterator[tuple[Use, Schedule]]:
