@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from impasto.forest import MAX_LEVELS, Forest, batches, grow, lay_out
+from impasto.forest import MAX_LEVELS, Forest, Node, batches, grow, lay_out
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
 SEQUENCES = st.lists(TOKENS, min_size=1, max_size=25)
@@ -60,6 +60,25 @@ def test_the_choices_of_a_question_share_it_and_questions_share_the_examples_bef
 def test_a_single_common_token_is_not_worth_a_level():
     sequences = [(1, *range(10 * i, 10 * i + 9)) for i in range(5, 9)]
     assert [len(level) for level in lay_out(grow(sequences)).levels] == [4]
+
+
+def packed_by_laying_out(trees: list[Node], budget: int) -> list[list[Node]]:
+    """The oracle: every tree that is tried is laid out with all that is in its batch."""
+    packed: list[list[Node]] = []
+    for tree in sorted(trees, key=lambda tree: (tree.height, len(tree.tokens)), reverse=True):
+        if packed and lay_out([*packed[-1], tree]).padded <= budget:
+            packed[-1].append(tree)
+        else:
+            packed.append([tree])
+    return packed
+
+
+@given(SEQUENCES)
+@settings(deadline=None)
+def test_batches_are_those_that_laying_out_every_one_gives(sequences):
+    trees = grow(sequences)
+    budget = max(lay_out([tree]).padded for tree in trees) + 20  # no tree is split
+    assert batches(trees, budget) == packed_by_laying_out(trees, budget)
 
 
 @given(SEQUENCES, st.integers(30, 100))

@@ -232,7 +232,7 @@ def test_the_paper_protocol_keeps_the_paper_s_books() -> None:
 
 
 @pytest.mark.parametrize(("depth", "name", "count"), [
-    (18, "quick", 66), (24, "quick", 74), (32, "quick", 90),
+    (18, "quick", 54), (24, "quick", 62), (32, "quick", 74),
     (18, "standard", 188), (24, "standard", 242), (32, "standard", 314),
     (18, "paper", 265), (24, "paper", 430),
 ])  # fmt: skip

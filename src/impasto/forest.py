@@ -161,6 +161,28 @@ def lay_out(trees: Sequence[Node]) -> Forest:
     return Forest(tuple(levels), ends)
 
 
+Shape = tuple[tuple[int, int], ...]  # (rows, longest row) of each level
+
+
+def _shape(tree: Node) -> Shape:
+    """The rectangles that a tree takes, level by level."""
+    below: Shape = ()
+    for child in tree.children:
+        below = _beside(below, _shape(child))
+    return ((1, len(tree.tokens)), *below)
+
+
+def _beside(one: Shape, other: Shape) -> Shape:
+    """The rectangles of two forests laid out together."""
+    long, short = (one, other) if len(one) >= len(other) else (other, one)
+    both = tuple((a + b, max(v, w)) for (a, v), (b, w) in zip(long, short, strict=False))
+    return both + long[len(short) :]
+
+
+def _padded(shape: Shape) -> int:
+    return sum(rows * width for rows, width in shape)
+
+
 def batches(trees: Sequence[Node], budget: int) -> list[list[Node]]:
     """Pack trees into batches of at most `budget` padded tokens each; a tree that is larger is split below its top.
 
@@ -169,29 +191,38 @@ def batches(trees: Sequence[Node], budget: int) -> list[list[Node]]:
     parts = [part for tree in trees for part in _split(tree, budget)]
     parts.sort(key=lambda tree: (tree.height, len(tree.tokens)), reverse=True)
     packed: list[list[Node]] = []
+    taken: Shape = ()
     for part in parts:
-        if packed and lay_out([*packed[-1], part]).padded <= budget:
+        shape = _shape(part)
+        both = _beside(taken, shape)
+        if packed and _padded(both) <= budget:
             packed[-1].append(part)
+            taken = both
         else:
             packed.append([part])
+            taken = shape
     return packed
 
 
 def _split(tree: Node, budget: int) -> list[Node]:
     """The tree itself, or several with the same top whose rectangles fit the budget."""
-    if len(tree.children) < 2 or lay_out([tree]).padded <= budget:
+    if len(tree.children) < 2 or _padded(_shape(tree)) <= budget:
         return [tree]
     parts: list[Node] = []
     held: list[Node] = []
+    taken: Shape = ()
     children = sorted(
         (part for child in tree.children for part in _split(child, max(1, budget - len(tree.tokens)))),
         key=lambda child: child.height,
         reverse=True,
     )
     for child in children:
-        if held and lay_out([Node(tree.tokens, (*held, child), ())]).padded > budget:
+        shape = _shape(child)
+        both = _beside(taken, shape)
+        if held and len(tree.tokens) + _padded(both) > budget:
             parts.append(Node(tree.tokens, tuple(held), tree.members if not parts else ()))
-            held = []
+            held, both = [], shape
         held.append(child)
+        taken = both
     parts.append(Node(tree.tokens, tuple(held), tree.members if not parts else ()))
     return parts

@@ -26,7 +26,7 @@ from impasto.schedule import Schedule
 
 Encode = Callable[[str], list[int]]
 
-TOKEN_BUDGET = 16_384  # tokens that one batch may hold in its cache, prompts and answers together
+BUDGET = {"cpu": 16_384, "cuda": 131_072}  # tokens in one batch's cache, prompts and answers, before memory says more
 MAX_NEW_TOKENS = 256  # where a harness request does not say
 _WINDOW = 2048  # where neither the model nor its tokenizer says
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
@@ -73,7 +73,7 @@ def generate(
     max_new_tokens: int,
     until: Sequence[str] = (),
     kv: KV = "exact",
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     window: int | None = None,
     encode: Encode | None = None,
     on_token: Callable[[int, str], None] | None = None,
@@ -92,7 +92,8 @@ def generate(
         max_new_tokens: how many tokens to generate at most, at least 1.
         until: texts that end a row; they are not part of its text. The end-of-text token always ends it.
         kv: see `impasto.runtime.scheduled`.
-        token_budget: how many tokens a batch may hold, prompts and answers together; a single row always runs.
+        token_budget: how many tokens a batch may hold, prompts and answers together; None starts from what suits the
+            device. A single row always runs.
         window: the most tokens the model can read; what `context_window` says where it is None.
         encode: turns a text into token ids; without it the tokenizer does, adding no special tokens.
         on_token: called with the number of a prompt and the next piece of its text, as soon as later tokens cannot
@@ -120,7 +121,7 @@ def respond(
     requests: Sequence[Request],
     *,
     kv: KV = "exact",
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     window: int | None = None,
     encode: Encode | None = None,
     on_response: Callable[[int, Response], None] | None = None,
@@ -329,9 +330,10 @@ class _Stream:
 
 
 def _batches(
-    writer: _Writer, rows: Sequence[_Row], budget: int, stream: _Stream | None
+    writer: _Writer, rows: Sequence[_Row], budget: int | None, stream: _Stream | None
 ) -> Iterator[tuple[_Row, Generated]]:
     """Every row with its answer, longest prompts first: too large a batch then shows at once."""
+    budget = BUDGET.get(writer.device.type, BUDGET["cuda"]) if budget is None else budget
     waiting = sorted(rows, key=lambda row: (-len(row.prompt), row.place))
     while waiting:
         count = 1

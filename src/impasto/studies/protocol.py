@@ -69,6 +69,7 @@ class Protocol:
         limits: other limits for some tasks, in (task, limit) pairs.
         starts: how many start layers N, see `spread`; None is all.
         seeds: random orders per start layer, seeded 0, 1, ...
+        widest: the widest middle as a share of the depth; hardly anything is left of a model with a wider one.
         iterations: of looped parallel; the paper's curves have 3.
         swap_step: swap every so manyth pair of neighbours; 1 is all of them.
         repeats: how often the middle runs in block and in-place repeat.
@@ -89,6 +90,7 @@ class Protocol:
     texts: int
     prompts: int
     limits: tuple[tuple[str, int | None], ...] = ()
+    widest: float = 1.0
     iterations: int = 3
     swap_step: int = 1
     repeats: tuple[int, ...] = (2, 3)
@@ -109,13 +111,14 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             limits=(
                 ("basic_skills_logical_reasoning", 12),
                 ("basic_skills_string_operations", 6),
-                ("lambada_openai", 18),
+                ("lambada_openai", 16),
                 ("hellaswag", 4),
                 ("winogrande", 8),
             ),
-            starts=5,
+            starts=4,
+            widest=0.5,
             seeds=3,
-            swap_step=2,
+            swap_step=3,
             repeat_starts=1,
             heat=Heat(widths=2, iterations=(1, 2, 3), narrowest=3),
             texts=16,
@@ -331,7 +334,7 @@ class _Plan:
             "times": self.protocol.repeats,
         }
         wanted = self.protocol.repeat_starts if method.parameter == "times" else self.protocol.starts
-        starts = spread(self.starts, self.protocol.starts)
+        starts = spread(self.within, self.protocol.starts)
         if method.parameter == "times" and wanted is not None:
             # Where methods are compared: with a wider middle little is left of any model.
             starts = spread([start for start in starts if self.affected(start) in self.compared(starts)], wanted)
@@ -347,12 +350,18 @@ class _Plan:
         heat = self.protocol.heat
         most = max(self.depth - LAST_UNLOOPED, 1)
         iterations = heat.iterations or range(1, most + 1)
-        wide = [start for start in self.starts if self.affected(start) >= heat.narrowest]
+        wide = [start for start in self.within if self.affected(start) >= heat.narrowest]
         for start in spread(wide, heat.widths):
             for k in iterations:
                 if k <= most:
                     schedule = moves.looped_parallel(self.depth, start, k)
                     yield Use("looped_parallel", start, self.affected(start), k), schedule
+
+    @property
+    def within(self) -> Sequence[int]:
+        """The start layers whose middles are narrow enough for the protocol; the narrowest always is."""
+        most = self.protocol.widest * self.depth
+        return [start for start in self.starts if self.affected(start) <= most] or self.starts[-1:]
 
     def affected(self, start: int) -> int:
         return moves.affected(self.depth, start)
