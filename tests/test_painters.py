@@ -43,6 +43,8 @@ DEPTH = 12
 SMALL = replace(
     PROTOCOLS["quick"],
     starts=None,
+    widest=1.0,
+    swap_step=1,
     seeds=3,
     repeat_starts=2,
     heat=Heat(widths=None, iterations=(1, 2, 3, 4, 6, 8)),
