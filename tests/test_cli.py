@@ -22,6 +22,7 @@ import impasto
 from impasto import __version__, console
 from impasto.cli import app, loading, main, options, understood
 from impasto.cli.show import ranges
+from impasto.cli.study import comparison_folder
 from impasto.cli.tasks import matching
 from impasto.errors import MissingExtra, NotationError, UnknownTask, UsageError
 from impasto.result import Answer, Estimate, Page, Result
@@ -35,13 +36,13 @@ LOADING = "--attn-implementation --device --device-map --dtype --revision --trus
 SURFACE = {
     "": "--debug --version",
     "study": "",
-    "study painters": f"[MODEL] --batch-size --dry-run --include-path --limit --methods --output --protocol --seeds "
-    f"--tasks -o {LOADING}",
+    "study painters": f"[MODEL] --batch-size --dry-run --include-path --limit --methods --output --protocol --ray --seeds "
+    f"--tasks --workers -o {LOADING}",
     "show": f"MODEL --schedule -s {LOADING}",
     "run": f"MODEL PROMPT --chat --edit --kv --max-new-tokens --schedule -e -s {LOADING}",
     "eval": f"MODEL --apply-chat-template --batch-size --dry-run --edit --include-path --kv --limit --num-fewshot "
-    f"--output --schedule --seed --tasks -e -o -s {LOADING}",
-    "report": "FOLDER",
+    f"--output --ray --schedule --seed --tasks --workers -e -o -s {LOADING}",
+    "report": "FOLDER --output -o",
     "tasks": "[PATTERN] --include-path",
     "fetch": "[NAMES]...",
 }
@@ -108,7 +109,7 @@ def test_every_option_that_stands_twice_says_the_same() -> None:
         for parameter in command.params:
             if parameter.param_type_name == "option" and path:
                 texts.setdefault(parameter.opts[0], set()).add(parameter.help or "")
-    assert {name for name, helps in texts.items() if len(helps) > 1} <= {"--kv", "--schedule"}
+    assert {name for name, helps in texts.items() if len(helps) > 1} <= {"--kv", "--output", "--schedule"}
     assert all(text for helps in texts.values() for text in helps)
 
 
@@ -720,6 +721,33 @@ def test_a_study_ends_with_its_answers(model: str, tmp_path: Path, measured: dic
     assert {name: measured[name] for name in wanted} == wanted
     assert measured["batch_tokens"] == 512 and measured["include"] == ()
     assert say("report", str(folder))[1] == text
+    assert say("report", str(folder), "-o", "elsewhere")[1].splitlines()[-1] == "report: elsewhere/report.html"
+
+
+def test_reports_of_several_runs_are_one_page(tmp_path: Path, say: Spoken, monkeypatch: pytest.MonkeyPatch) -> None:
+    from impasto.store import Store
+
+    asked: list[Any] = []
+
+    def compare(runs: Any) -> Page:
+        asked.append(runs)
+        return PAGE
+
+    monkeypatch.setattr("impasto.studies.compare.compare", compare)
+    runs = [Path("runs/a"), Path("runs/b")]
+    for folder in runs:
+        Store(folder).close()
+    code, text, _ = say("report", *map(str, runs))
+    assert (code, asked) == (0, [runs])
+    assert text.splitlines()[-1] == "report: impasto-runs/comparison-a-b/report.html"
+    assert (tmp_path / "impasto-runs/comparison-a-b/report.html").exists()
+    assert say("report", *map(str, runs), "--output", "both")[1].splitlines()[-1] == "report: both/report.html"
+    code, _, errors = say("report", *map(str, runs), "-o", "runs/../runs/b")
+    problem = "runs/../runs/b is one of the runs, and has a page of its own: choose another --output"
+    assert (code, errors.splitlines()[-1]) == (2, f"error: {problem}")
+    assert say("report", "runs/a", "nowhere")[0] == 1 and len(asked) == 2
+    long = comparison_folder([Path("x" * 90), Path("y" * 90)])
+    assert re.fullmatch("comparison-[0-9a-f]{16}", long.name) and len(long.parts) == 2
 
 
 def test_a_study_that_is_only_planned(model: str, tmp_path: Path, measured: dict[str, Any], say: Spoken) -> None:

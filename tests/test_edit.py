@@ -6,19 +6,20 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from random import Random
 from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from impasto.edit import Edit, Kind, Rule
+from impasto.edit import Edit, Kind, Rule, in_order
 from impasto.errors import NotationError, UsageError
 
 FRACTIONS = st.integers(1, 10**6).map(lambda part: Decimal(part) / 10**6) | st.just(Decimal("1E-12"))
 RULES = (
     st.builds(Rule, st.sampled_from(["keep", "whitened", "tail", "prune"]), FRACTIONS)
-    | st.builds(Rule, st.just("rank"), st.integers(1, 99_999))
+    | st.builds(Rule, st.sampled_from(["rank", "whitened_rank"]), st.integers(1, 99_999))
     | st.builds(Rule, st.sampled_from(["zero", "mp", "mpl"]))
 )
 MATRICES = st.from_regex(r"[a-z_*?0-9]{1,6}(\.[a-z_*?0-9]{1,6}){0,2}", fullmatch=True)
@@ -43,7 +44,13 @@ BAD = {
     "3.x@1.5": ("the fraction 1.5 is not between 0 and 1", "3.x@1"),
     "3.x@tail2": ("the fraction 2 is not between 0 and 1", "3.x@tail1"),
     "3.x@prune0": ("the fraction 0 is not between 0 and 1", "3.x@prune0.1"),
-    "3.x@-0.1": ("'-0.1' is no rule", "3.x@0.1"),
+    "3.x@r0w": ("rank 0 is spelled @0", "3.x@0"),
+    "3.x@40w": ("the fraction 40 is not between 0 and 1", "3.x@r40w"),
+    "3.x@1.5w": ("the fraction 1.5 is not between 0 and 1", "3.x@1w"),
+    "3.x@-0.1": ("the fraction -0.1 is not between 0 and 1", "3.x@0.1"),
+    "3.x@-5": ("the fraction -5 is not between 0 and 1", "3.x@0.1"),
+    "3.x@tail-0.5": ("the fraction -0.5 is not between 0 and 1", "3.x@tail0.5"),
+    "3.x@r-3": ("'r-3' is no rule", "3.x@r3"),
     "3.x@1e-3": ("'1e-3' is no rule", "3.x@0.001"),
     "3.x@0,1": ("'0,1' is no rule", "3.x@0.1"),
     "3.x@MP": ("'MP' is no rule", "3.x@mp"),
@@ -76,6 +83,8 @@ def test_text_and_value_are_inverse(edit: Edit) -> None:
         ("3.x@1.00", "3.x@1"),
         ("3.x@0.0", "3.x@0"),
         ("3.x@0.10w", "3.x@0.1w"),
+        ("3.x@r040w", "3.x@r40w"),
+        ("3.attn.c_attn.q@1w", "3.attn.c_attn.q@1w"),
         ("-1.x@mp", "27.x@mp"),
         ("*.x@mpl", "0:28.x@mpl"),
         ("24:.x@r40", "24:28.x@r40"),
@@ -166,11 +175,27 @@ def test_rank_is_the_floor_of_the_exact_product(fraction: Decimal, rows: int, co
 
 
 def test_ranks_of_other_rules() -> None:
-    assert Rule("rank", 40).rank(64, 32) == 32
+    assert Rule("rank", 40).rank(64, 32) == Rule("whitened_rank", 40).rank(64, 32) == 32
     assert Rule("rank", 40).rank(64, 64) == 40
     assert Rule("zero").rank(64, 64) == 0
     for rule in (Rule("mp"), Rule("mpl"), Rule("prune", Decimal("0.9"))):
         assert rule.rank(64, 64) is None
+
+
+def test_a_fraction_of_one_is_not_rank_one() -> None:
+    assert Edit.parse("0.x@1w") != Edit.parse("0.x@r1w")
+    assert Edit.parse("0.x@1") != Edit.parse("0.x@r1")
+
+
+@given(st.lists(EDITS, max_size=6), st.randoms())
+@settings(max_examples=30, deadline=None)
+def test_edits_have_one_order(edits: list[Edit], random: Random) -> None:
+    kinds = get_args(Kind)
+    shuffled = random.sample(edits, len(edits))
+    ordered = in_order(shuffled)
+    assert ordered == in_order(edits)
+    assert sorted(map(str, ordered)) == sorted(map(str, edits))
+    assert [kinds.index(edit.rule.kind) for edit in ordered] == sorted(kinds.index(e.rule.kind) for e in edits)
 
 
 def test_matches() -> None:

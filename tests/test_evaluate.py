@@ -8,14 +8,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from impasto import models
 from impasto.encoding import quiet_harness
-from impasto.errors import StoreError
-from impasto.evaluate import evaluate, plan
+from impasto.errors import ImpastoError, StoreError
+from impasto.evaluate import Here, Lost, Questions, evaluate, plan, scorer_of
 from impasto.recipe import Recipe
 from impasto.store import Store
 from impasto.tasks import build
@@ -91,6 +92,110 @@ def test_a_recipe_that_breaks_is_reported_alone(tmp_path):
         good, bad = evaluate(body, recipes("0 1 3", "0 2"), tasks, store, note=notes.append)
     assert good.nonfinite == 0 < bad.nonfinite
     assert any("are not finite numbers" in note for note in notes)
+
+
+def test_requests_longer_than_the_window_are_cut_counted_and_reported(tmp_path):
+    short = models.adopt(tiny_model(max_position_embeddings=64), tiny_tokenizer(), name="short")
+    notes: list[str] = []
+    with Store(tmp_path) as store:
+        full, other = evaluate(short, recipes("0:4", "0 3"), build(TASKS[1:2]), store, note=notes.append)
+    assert full.truncated == other.truncated > 0 and full.nonfinite == 0
+    assert notes == [  # once for the task, not for every recipe
+        f"{TASKS[1]}: {full.truncated} requests are longer than the model's window and were cut from the left"
+    ]
+
+
+def kept(store: Store) -> dict:
+    """All answers in a store, by recipe and request."""
+    requests = [request for task in build(TASKS) for request in task.requests]
+    (setting,) = store.settings()
+    return {
+        (recipe.fingerprint, request): answer
+        for recipe in recipes(*SCHEDULES)
+        for request, answer in store.responses(setting, recipe, requests).items()
+    }
+
+
+SCHEDULES = ("0:4", "0 {1 2} 3", "0 2 1 3")
+
+
+def run_here(loaded, store: Store, **options) -> list:
+    return evaluate(loaded, recipes(*SCHEDULES), build(TASKS), store, batch_tokens=200, **options)
+
+
+@pytest.mark.parametrize("phase", ["scoring", "generating"])
+def test_ctrl_c_keeps_what_is_measured_and_the_same_call_goes_on(loaded, tmp_path, phase):
+    def interrupt(now: str, share: float) -> None:
+        if now == phase and share > 0.4:
+            raise KeyboardInterrupt
+
+    with Store(tmp_path / "whole") as store:
+        whole, answers = run_here(loaded, store), kept(store)
+    with Store(tmp_path / "stopped") as store:
+        with pytest.raises(KeyboardInterrupt):
+            run_here(loaded, store, progress=interrupt)
+        part = kept(store)
+        assert 0 < len(part) < len(answers) and part == {key: answers[key] for key in part}
+        assert run_here(loaded, store) == whole
+        assert kept(store) == answers
+
+
+def test_a_full_disk_stops_the_run_and_with_space_it_goes_on(loaded, tmp_path):
+    """SQLite's own limit on the file's pages is what it says of a full disk, too."""
+    with Store(tmp_path / "whole") as store:
+        whole, answers = run_here(loaded, store), kept(store)
+    with Store(tmp_path / "full") as store:
+        store.put_recipes(recipes(*SCHEDULES))
+        (pages,) = store._db._connection.execute("PRAGMA page_count").fetchone()
+        store._db._connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+        with pytest.raises(StoreError, match="is full.*: free some space, .* run the same command again"):
+            run_here(loaded, store)
+        part = kept(store)
+        assert 0 < len(part) < len(answers) and part == {key: answers[key] for key in part}
+    with Store(tmp_path / "full") as store:
+        assert run_here(loaded, store) == whole
+        assert kept(store) == answers
+
+
+def test_what_nobody_could_answer_is_named_after_all_else_is_measured(loaded, tmp_path):
+    class Picky:
+        """A place that leaves out one request of one recipe."""
+
+        def answer(self, loaded, questions: Questions) -> list[Lost]:
+            (who, what), *rest = questions.scored
+            less = [(who[:1], what[1:]), (who[1:], what), *rest]
+            Here().answer(loaded, replace(questions, scored=less))
+            return [Lost(who[:1], tuple(what[:1]), "its process died (3 times)")]
+
+    with Store(tmp_path) as store:
+        with pytest.raises(ImpastoError) as problem:
+            run_here(loaded, store, where=Picky())
+        (setting,) = store.settings()
+        results = store.results(setting)
+        assert len(results) == len(SCHEDULES) * len(TASKS) - 1  # all but the one that lacks an answer
+        first = build(TASKS)[0].requests[0]
+        assert str(problem.value) == (
+            "some questions could not be answered; everything else is measured and kept\n"
+            "  its process died (3 times):\n"
+            "    recipes: 0:4\n"
+            f"    requests: {(first.context + first.continuation)!r}\n"
+            "the same command asks them again; without --ray, in this process"
+        )
+        assert len(run_here(loaded, store)) == len(SCHEDULES) * len(TASKS)
+
+
+def test_a_scorer_is_made_once_and_only_where_something_is_asked(loaded, tmp_path):
+    made = []
+
+    def scorer():
+        made.append(scorer_of(loaded, 200))
+        return made[-1]
+
+    with Store(tmp_path) as store:
+        evaluate(loaded, recipes(*SCHEDULES), build(TASKS), store, scorer=scorer)
+        assert len(made) == 1
+        evaluate(loaded, recipes(*SCHEDULES), build(TASKS), store, scorer=scorer)
+        assert len(made) == 1
 
 
 def test_a_newer_store_is_refused(loaded, tmp_path):

@@ -31,9 +31,10 @@ def test_every_sequence_stands_once_and_whole(sequences, share, budget):
         assert len(forest.levels) <= MAX_LEVELS
         for s in forest.ends:
             assert path(forest, s) == sequences[s]
-            for back in range(len(sequences[s])):
-                level, row, column = forest.locate(s, back)
-                assert forest.levels[level][row].tokens[column] == sequences[s][-1 - back]
+            for count in range(len(sequences[s]) + 1):
+                places = forest.tail(s, count)
+                found = tuple(forest.levels[level][row].tokens[column] for level, row, column in places)
+                assert found == sequences[s][len(sequences[s]) - count :]
         for level, rows in enumerate(forest.levels):
             for row in rows:
                 above = forest.levels[level - 1][row.parent] if level else None
@@ -62,23 +63,31 @@ def test_a_single_common_token_is_not_worth_a_level():
     assert [len(level) for level in lay_out(grow(sequences)).levels] == [4]
 
 
-def packed_by_laying_out(trees: list[Node], budget: int) -> list[list[Node]]:
-    """The oracle: every tree that is tried is laid out with all that is in its batch."""
-    packed: list[list[Node]] = []
-    for tree in sorted(trees, key=lambda tree: (tree.height, len(tree.tokens)), reverse=True):
-        if packed and lay_out([*packed[-1], tree]).padded <= budget:
-            packed[-1].append(tree)
-        else:
-            packed.append([tree])
-    return packed
+def cheapest(trees: list[Node], budget: int, overhead: int) -> int:
+    """The oracle: the least cost of any way to cut the sorted trees into batches, each laid out."""
+    if not trees:
+        return 0
+    costs = []
+    for count in range(1, len(trees) + 1):
+        forest = lay_out(trees[:count])
+        if forest.padded <= budget or count == 1:
+            costs.append(forest.padded + overhead * len(forest.levels) + cheapest(trees[count:], budget, overhead))
+    return min(costs)
 
 
-@given(SEQUENCES)
+@given(st.lists(TOKENS, min_size=1, max_size=9), st.integers(0, 20))
 @settings(deadline=None)
-def test_batches_are_those_that_laying_out_every_one_gives(sequences):
+def test_batches_are_cut_where_that_is_cheapest(sequences, overhead):
     trees = grow(sequences)
-    budget = max(lay_out([tree]).padded for tree in trees) + 20  # no tree is split
-    assert batches(trees, budget) == packed_by_laying_out(trees, budget)
+    budget = max(lay_out([tree]).padded for tree in trees) + 15  # no tree is split
+    packed = [lay_out(batch) for batch in batches(trees, budget, overhead)]
+    ordered = sorted(trees, key=lambda tree: (tree.height, len(tree.tokens)), reverse=True)
+    spent = sum(forest.padded + overhead * len(forest.levels) for forest in packed)
+    assert spent == cheapest(ordered, budget, overhead)
+
+
+def test_no_requests_are_no_batches():
+    assert grow([]) == [] and batches([], 100) == []
 
 
 @given(SEQUENCES, st.integers(30, 100))

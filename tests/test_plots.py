@@ -356,6 +356,28 @@ def test_ticks_are_whole_and_few(first: int, length: int, most: int) -> None:
     assert all(first <= tick <= first + length for tick in ticks)
 
 
+@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), st.integers(2, 12))
+def test_ticks_of_broken_numbers_are_round_and_few(low: float, length: float, most: int) -> None:
+    ticks = frame.round_ticks(low, low + length, most)
+    assert len(ticks) <= most + 1
+    assert all(low - 1e-6 * length <= tick <= low + length * (1 + 1e-6) for tick in ticks)
+    steps = {f"{b - a:.6e}".split("e")[0] for a, b in itertools.pairwise(ticks)}
+    assert steps <= {"1.000000", "2.000000", "5.000000"} and len(steps) <= 1
+
+
+def test_an_axis_of_shares_has_round_labels() -> None:
+    rows = [{"x": 100 * m / 18, "y": 1 - m / 18, "series": s} for m in (0, 1, 3, 9, 17) for s in ("a", "b")]
+    shown = texts(plots.picture(figure("summary_curves", rows, x_title="share")).wide)
+    assert {"0", "20", "40", "60", "80"} <= set(shown)
+    depths = [{"x": layer / 17, "y": 0.5} for layer in range(18)]
+    line = next(each for each in marks(figure("layer_curve", depths)) if each["mark"]["type"] == "line")
+    low, high = line["encoding"]["x"]["scale"]["domain"]
+    assert -0.05 < low < 0 and 1 < high < 1.05
+    layers = [{"x": layer, "y": 0.5} for layer in range(18)]
+    line = next(each for each in marks(figure("layer_curve", layers)) if each["mark"]["type"] == "line")
+    assert line["encoding"]["x"]["scale"]["domain"] == [-0.5, 17.5]
+
+
 def test_imports_no_model_code() -> None:
     heavy = ("torch", "transformers", "lm_eval", "datasets")
     code = f"import sys, impasto.report; print([name for name in {heavy} if name in sys.modules])"

@@ -22,6 +22,7 @@ PUBLIC = [
     "applied",
     "available_tasks",
     "build_tasks",
+    "compare_studies",
     "generate",
     "load",
     "run_painters",

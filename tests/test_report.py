@@ -261,6 +261,7 @@ def test_no_bar_for_what_is_not_finite() -> None:
         (1234.5, "1,234"),
         (3, "3"),
         (0.00012, "1.20e\u221204"),
+        (-0.0004, "\u22124.00e\u221204"),
         (0.0, "0.000"),
         (float("inf"), "inf"),
         (2e9, "2.00e+09"),
@@ -269,6 +270,39 @@ def test_no_bar_for_what_is_not_finite() -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert report.short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "scale", "text"),
+    [
+        (-0.000304, 0.107, "0.000"),
+        (-0.0005001, 0.107, "\u22120.001"),
+        (0.0007, 1.0, "0.001"),
+        (0.00012, 0.0009, "1.20e\u221204"),
+        (0.5, 1e9, "0.500"),
+        (2e9, 2e9, "2.00e+09"),
+        (-0.0, 1.0, "0.000"),
+    ],
+)
+def test_small_numbers_beside_others_are_fixed_decimals(value: float, scale: float, text: str) -> None:
+    assert report.short(value, scale) == text
+
+
+def test_numbers_of_an_interval_and_of_a_column_share_a_scale() -> None:
+    assert report._estimate(Estimate(0.063, -0.000304, 0.107)) == "0.063 [0.000, 0.107]"
+    assert report._estimate(Estimate(2e-4, 1e-4, 3e-4)) == "2.00e\u221204 [1.00e\u221204, 3.00e\u221204]"
+    shown = page(tables=(("T", ({"small": 2e-4, "all": 2e-4, "n": 1}, {"small": 0.5, "all": 4e-5, "n": None})),))
+    assert "small all n 0.000 2.00e\u221204 1 0.500 4.00e\u221205 \u2013" in Outline(report.render(shown)).prose
+
+
+def test_a_table_with_the_title_of_a_section_stands_in_it() -> None:
+    rows = ({"question": "Why " + "so " * 20 + "long?", "a <b>": answer("no"), "c": None},)
+    html = report.render(page(tables=(("Two", rows), ("Else", ({"x": 1},)))))
+    prose = Outline(html).prose
+    assert prose.index("What it shows.") < prose.index("a <b>") < prose.rindex("A grid") < prose.rindex("Tables")
+    assert prose.rindex("Tables") < prose.rindex("Else")
+    assert '<td class="t" data-name="question">' in html and '<td class="a" data-name="a &lt;b&gt;">' in html
+    assert "\u2715 No \u22120.400 [\u22120.500, \u22120.300] \u2013" in prose.replace("\u2715No", "\u2715 No")
 
 
 def test_write_puts_files_beside_the_page(tmp_path: Path) -> None:

@@ -270,3 +270,24 @@ def test_fetched_benchmarks_ask_the_published_prompts() -> None:
         " 40",
     )
     assert "8 / 4 = 2\n\n" not in task.requests[-1].context  # the sixteenth question is an example for the others
+
+
+def test_parts_of_a_task_are_disjoint_and_judge_as_the_whole():
+    for task in tasks.build(TINY[:3]):
+        parts = task.parted(0.4)
+        assert parts[0].n + parts[1].n == task.n
+        asked = [{r.fingerprint for r in p.requests} for p in parts]
+        assert asked[0] | asked[1] == {r.fingerprint for r in task.requests}
+        responses = made_up(task)
+        whole = task.result("r", responses)
+        for key in whole.scores:
+            both = sorted([*parts[0].result("r", responses).scores[key], *parts[1].result("r", responses).scores[key]])
+            assert both == sorted(whole.scores[key])
+        assert len({task.protocol, parts[0].protocol, parts[1].protocol}) == 3
+    (choice,) = tasks.build(TINY[:1])
+    golds = choice.golds()
+    assert choice.majority == max(golds.count(g) for g in golds) / choice.n
+    assert tasks.build(TINY[1:2])[0].golds() is None
+    limited = tasks.build(TINY[:1], limit=10)[0].parted(0.4)
+    for few, whole in zip(limited, choice.parted(0.4), strict=True):
+        assert {r.fingerprint for r in few.requests} <= {r.fingerprint for r in whole.requests}

@@ -7,7 +7,8 @@
         model.generate(**inputs)
 
 Names are looked up when they are first used, so that `import impasto` costs nothing. Functions that bear the name of
-their module are imported from it: `from impasto.evaluate import evaluate`, likewise `anatomy` and `similarity`.
+their module are imported from it: `from impasto.evaluate import evaluate`, likewise `anatomy`, `fast`, `race` and
+`similarity`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from impasto.schedule import Schedule as Schedule
     from impasto.scoring import Scorer as Scorer
     from impasto.store import Store as Store
+    from impasto.studies.compare import compare as compare_studies
     from impasto.studies.run import run_painters as run_painters
     from impasto.tasks import available as available_tasks
     from impasto.tasks import build as build_tasks
@@ -52,6 +54,7 @@ _PLACES = {
     "applied": "apply:applied",
     "available_tasks": "tasks:available",
     "build_tasks": "tasks:build",
+    "compare_studies": "studies.compare:compare",
     "generate": "generation:generate",
     "load": "models:load",
     "run_painters": "studies.run:run_painters",
@@ -74,6 +77,7 @@ __all__ = [
     "applied",
     "available_tasks",
     "build_tasks",
+    "compare_studies",
     "generate",
     "load",
     "run_painters",

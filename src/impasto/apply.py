@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
+from impasto.anatomy import anatomy
+from impasto.calibration import Calibration, calibrate
 from impasto.edit import Edit
+from impasto.fetch import cache_root
 from impasto.models import LoadedModel
 from impasto.runtime import KV, Probe, scheduled
 from impasto.schedule import Schedule
-from impasto.surgery import edited
+from impasto.surgery import Report, edited
 
 
 @contextlib.contextmanager
@@ -23,6 +27,7 @@ def applied(
     *,
     kv: KV = "exact",
     probe: Probe | None = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[Any]:
     """Run a model with other layers, in another order, with edited weights.
 
@@ -37,6 +42,8 @@ def applied(
         edits: changes of weight matrices, as values or texts.
         kv: see `impasto.runtime.scheduled`.
         probe: see `impasto.runtime.scheduled`.
+        calibration: inputs of the matrices, for rules with w; made from a few built-in texts where it is None and
+            `model` is what `load` gave.
 
     Raises:
         NotationError: a text that cannot be read, or that does not fit this model.
@@ -45,8 +52,26 @@ def applied(
     live = model.model if isinstance(model, LoadedModel) else model
     edits = list(edits)
     with contextlib.ExitStack() as stack:
-        if edits:
-            stack.enter_context(edited(live, edits))
+        if edits and isinstance(model, LoadedModel) and calibration is None:
+            stack.enter_context(worn(model, edits))
+        elif edits:
+            stack.enter_context(edited(live, edits, calibration=calibration))
         if schedule is not None:
             stack.enter_context(scheduled(live, schedule, kv=kv, probe=probe))
         yield live
+
+
+def worn(loaded: LoadedModel, edits: Iterable[Edit | str]) -> AbstractContextManager[Report]:
+    """Edits on a loaded model for the length of a `with` block.
+
+    Rules that weigh a matrix by its inputs (`@0.1w`) are calibrated on the texts of `impasto.calibration`, once: what
+    was heard is kept in the cache.
+    """
+    body = anatomy(loaded.model)
+    values = [Edit.parse(edit, body.depth) if isinstance(edit, str) else edit for edit in edits]
+    calibration = None
+    if any(edit.rule.kind in ("whitened", "whitened_rank") for edit in values):
+        kept = cache_root() / "calibration"
+        weights = loaded.setting.weights
+        calibration = calibrate(loaded.model, values, tokenizer=loaded.tokenizer, folder=kept, weights=weights)
+    return edited(loaded.model, values, calibration=calibration)

@@ -7,7 +7,7 @@ Nothing here touches a tensor; an edit is only a value that says what to do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
@@ -19,15 +19,15 @@ from impasto.errors import UsageError
 from impasto.spelling import DEPTH_RULE, Scanner, SpellingError, brief, explained
 from impasto.steps import MAX_LAYER
 
-Kind = Literal["keep", "whitened", "rank", "tail", "zero", "mp", "mpl", "prune"]
+Kind = Literal["prune", "tail", "mp", "mpl", "keep", "rank", "whitened", "whitened_rank", "zero"]
 
 _SITE_RULE = "an edit is LAYERS.MATRIX@RULE, as in 27.mlp.down_proj@0.01 or 20:28.mlp.*@r40"
-_RULE_RULE = "a rule is a kept fraction 0.1, a rank r40, tail0.1, prune0.9, mp, mpl, 0.1w, or 0 for zero"
+_RULE_RULE = "a rule is a kept fraction 0.1 or 0.1w, a rank r40 or r40w, tail0.1, prune0.9, mp, mpl, or 0 for zero"
 _FRACTION_RULE = "a fraction is larger than 0 and at most 1, with at most 12 digits behind the point"
 _MATRIX_RULE = "a matrix is named as the model itself names it inside its block; * ? and [ ] are wildcards"
 
-_FRACTION = re.compile(r"[0-9]{0,3}(?:\.[0-9]{1,12})?")
-_RANK = re.compile(r"r([0-9]{1,9})")
+_FRACTION = re.compile(r"-?(?:[0-9]{1,3}(?:\.[0-9]{1,12})?|\.[0-9]{1,12})")
+_RANK = re.compile(r"r([0-9]{1,9})(w?)")
 _MATRIX = re.compile(r"[A-Za-z0-9_*?!\[\]-]+(?:\.[A-Za-z0-9_*?!\[\]-]+)*")
 _PERCENT = re.compile(r"([0-9]{1,3})(?:\.([0-9]{1,6}))?\s*%")
 _WORDY_RANK = re.compile(r"(?:rank|k|r)?\s*[=:]?\s*([0-9]{1,9})")
@@ -41,8 +41,9 @@ class Rule:
     | kind | text | meaning, for a matrix of m x n |
     |---|---|---|
     | keep | `0.1` | the best approximation of rank floor(0.1 * min(m, n)); 1 is full rank |
-    | whitened | `0.1w` | the same rank, best for the inputs seen in calibration |
     | rank | `r40` | the best approximation of rank 40 |
+    | whitened | `0.1w` | rank floor(0.1 * min(m, n)), best for the inputs seen in calibration |
+    | whitened_rank | `r40w` | rank 40, best for the inputs seen in calibration |
     | tail | `tail0.1` | only the smallest floor(0.1 * min(m, n)) components |
     | zero | `0` | nothing |
     | mp | `mp` | components above the Marchenko-Pastur edge, noise estimated from the entries |
@@ -51,7 +52,7 @@ class Rule:
 
     Args:
         kind: see the table.
-        value: the fraction for keep, whitened, tail and prune; the rank for rank; None for the others.
+        value: the fraction for keep, whitened, tail and prune; the rank for rank and whitened_rank; else None.
     """
 
     kind: Kind
@@ -63,7 +64,7 @@ class Rule:
         if self.kind in ("zero", "mp", "mpl"):
             if self.value is not None:
                 raise UsageError(f"the rule {self.kind} takes no number")
-        elif self.kind == "rank":
+        elif self.kind in ("rank", "whitened_rank"):
             if type(self.value) is not int or not 1 <= self.value <= 999_999_999:
                 raise UsageError(f"a rank is a whole number of at least 1, not {self.value!r}")
         else:
@@ -84,7 +85,7 @@ class Rule:
         full = min(rows, columns)
         if self.kind == "zero":
             return 0
-        if self.kind == "rank" and self.value is not None:
+        if self.kind in ("rank", "whitened_rank") and self.value is not None:
             return min(int(self.value), full)
         if self.kind in ("keep", "whitened", "tail") and self.value is not None:
             return floor(self.value * full)
@@ -94,8 +95,9 @@ class Rule:
         number = "" if self.value is None else f"{Decimal(self.value):f}"
         forms: dict[Kind, str] = {
             "keep": number,
-            "whitened": f"{number}w",
             "rank": f"r{number}",
+            "whitened": f"{number}w",
+            "whitened_rank": f"r{number}w",
             "zero": "0",
             "mp": "mp",
             "mpl": "mpl",
@@ -169,6 +171,16 @@ class Edit:
         return f"{','.join(_spelled(self.layers))}.{self.matrix}@{self.rule}"
 
 
+def in_order(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """The edits in the order in which those of one matrix are carried out, whatever order they were given in.
+
+    Pruning first, then what is cut off at the top (tail), then what is cut off at the bottom (mp, mpl, fractions,
+    ranks), then the same by the inputs, then zero. So what a truncation promises of the rank holds at the end, and
+    `tail0.9` with `0.5` leaves a band: the half of the components that comes after the largest tenth.
+    """
+    return tuple(sorted(edits, key=lambda edit: (get_args(Kind).index(edit.rule.kind), str(edit))))
+
+
 def _read(text: str, layers: int | None) -> Edit:
     scan = Scanner(text, layers)
     scan.skip()
@@ -235,10 +247,10 @@ def _rule(scan: Scanner) -> Rule:
         return Rule("mp" if text == "mp" else "mpl")
     if match := _RANK.fullmatch(text):
         if int(match[1]):
-            return Rule("rank", int(match[1]))
+            return Rule("whitened_rank" if match[2] else "rank", int(match[1]))
         raise SpellingError("rank 0 is spelled @0", start, end, rule=_RULE_RULE, fixes=(scan.mended(start, end, "0"),))
     kind, number, number_start = _split(text, start)
-    if not (number and _FRACTION.fullmatch(number)):
+    if not _FRACTION.fullmatch(number):
         fixes = tuple(scan.mended(start, end, guess) for guess in _guesses(text))
         problem = f"{brief(text)} is no rule" if text else "the rule is missing"
         raise SpellingError(problem, start, end, rule=_RULE_RULE, fixes=fixes)
@@ -246,8 +258,8 @@ def _rule(scan: Scanner) -> Rule:
     if not value and kind == "keep":
         return Rule("zero")
     if not 0 < value <= 1:
-        rank = (f"r{int(value)}",) if kind == "keep" and number.isdigit() else ()
-        spellings = (*rank, "1") if value else ("0.1",)
+        rank = (f"r{int(value)}",) if kind in ("keep", "whitened") and number.isdigit() else ()
+        spellings = (number[1:], "0.1") if value < 0 else (*rank, "1") if value else ("0.1",)
         fixes = tuple(scan.mended(number_start, number_start + len(number), spelling) for spelling in spellings)
         problem = f"the fraction {number} is not between 0 and 1"
         raise SpellingError(problem, number_start, number_start + len(number), rule=_FRACTION_RULE, fixes=fixes)
@@ -270,6 +282,7 @@ def _guesses(text: str) -> Iterator[str]:
         yield f"{Decimal(f'{match[1]}.{match[2] or 0}') / 100:f}"
     yield text.lower().replace(" ", "").replace(",", ".")
     yield text.lower().replace(" ", "").lstrip("-+@=")
+    yield text.lower().replace("-", "")
     if match := _WORDY_RANK.fullmatch(text.lower()):
         yield f"r{int(match[1])}"
     if re.compile(r"[0-9]{0,6}\.?[0-9]{1,6}e-?[0-9]{1,2}").fullmatch(text.lower()):

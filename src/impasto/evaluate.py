@@ -1,17 +1,21 @@
 """Recipes times tasks to results: the one place where models, tasks, scoring and the store meet.
 
 Every answer goes to the store as soon as its batch is done, and only what the store does not have is asked, so a run
-that was stopped anywhere continues where it was.
+that was stopped anywhere continues where it was. Where the questions are answered, in this process or elsewhere, is an
+argument; the store is written by this process alone.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
-from impasto import surgery
+from impasto.apply import worn
 from impasto.edit import Edit
+from impasto.errors import ImpastoError
 from impasto.generation import respond
 from impasto.models import LoadedModel
 from impasto.recipe import Recipe
@@ -25,6 +29,53 @@ Progress = Callable[[str, float], None]
 Note = Callable[[str], None]
 Gap = tuple[tuple[Recipe, ...], list[Request]]  # recipes that have not answered, and the requests they lack
 
+SHOWN = 3  # how many things of a kind an error names before it counts the others
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the store does not know yet, how to ask it, and where the answers go.
+
+    Attributes:
+        setting: what must be equal wherever an answer comes from.
+        scored: log-likelihoods that are lacking.
+        written: texts that are lacking.
+        scorer: gives the scorer of this process; made at the first call.
+        batch_tokens: tokens per batch to begin with; None leaves it to the device.
+        sharing: which kinds of sharing to use.
+        keep: takes the scores of recipes on requests; the batch counts these requests from 0.
+        keep_text: takes one answer in text.
+        progress: told the phase and the share of it that is done.
+        note: told in a sentence what the user should know.
+    """
+
+    setting: Setting
+    scored: Sequence[Gap]
+    written: Sequence[Gap]
+    scorer: Callable[[], Scorer]
+    batch_tokens: int | None
+    sharing: Sharing
+    keep: Callable[[Sequence[Recipe], Sequence[Request], Batch], None]
+    keep_text: Callable[[Recipe, Request, Response], None]
+    progress: Progress
+    note: Note
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Questions that nobody could answer, and why."""
+
+    recipes: tuple[Recipe, ...]
+    requests: tuple[Request, ...]
+    reason: str
+
+
+class Place(Protocol):
+    """Where questions are answered."""
+
+    def answer(self, loaded: LoadedModel, questions: Questions) -> Sequence[Lost]:
+        """Hand every answer to `questions.keep` or `keep_text` as soon as it is there; says what had to be left out."""
+
 
 def evaluate(
     loaded: LoadedModel,
@@ -35,6 +86,8 @@ def evaluate(
     kv: KV = "exact",
     batch_tokens: int | None = None,
     sharing: Sharing | None = None,
+    scorer: Callable[[], Scorer] | None = None,
+    where: Place | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> list[Result]:
@@ -48,11 +101,17 @@ def evaluate(
         kv: "exact", or "mean" to generate with the painters paper's shared cache slot.
         batch_tokens: tokens per batch; None starts from what suits the device.
         sharing: which kinds of sharing to use; None all.
+        scorer: gives a scorer that exists already, so that none is made from `batch_tokens` and `sharing`.
+        where: who answers; None this process, `impasto.cluster.Cluster` the workers of a cluster.
         progress: told the phase and the share of it that is done.
         note: told in a sentence what the user should know (a halved batch, non-finite answers).
 
     Returns:
         One result per recipe and task: all tasks of the first recipe, then of the second, and so on.
+
+    Raises:
+        OutOfMemory: a single request does not fit; what was answered before is kept.
+        ImpastoError: workers could not answer everything; names what is lacking, after all else is measured and kept.
     """
     setting = setting_of(loaded, kv)
     recipes = list({recipe.fingerprint: recipe for recipe in recipes}.values())
@@ -60,9 +119,52 @@ def evaluate(
     for task in tasks:
         store.put_task(task.name, task.protocol, describe(task))
     scored, written = _requests(tasks)
-    _score(loaded, setting, recipes, scored, store, batch_tokens, sharing, progress, note)
-    _write(loaded, setting, recipes, written, store, kv, progress)
-    return _results(setting, recipes, tasks, store, note, progress)
+
+    def keep(who: Sequence[Recipe], what: Sequence[Request], batch: Batch) -> None:
+        store.put_batch(
+            setting,
+            who,
+            [what[i] for i in batch.requests],
+            loglikelihood=batch.loglikelihood,
+            is_greedy=batch.greedy,
+            tokens=batch.tokens,
+            truncated=batch.truncated,
+        )
+
+    def keep_text(recipe: Recipe, request: Request, response: Response) -> None:
+        store.put_responses(setting, [(recipe, request, response)])
+
+    sharing = sharing or Sharing()
+    questions = Questions(
+        setting=setting,
+        scored=_gaps(store, setting, recipes, scored),
+        written=_gaps(store, setting, recipes, written),
+        scorer=functools.cache(scorer or (lambda: scorer_of(loaded, batch_tokens, sharing, note))),
+        batch_tokens=batch_tokens,
+        sharing=sharing,
+        keep=keep,
+        keep_text=keep_text,
+        progress=progress or (lambda phase, share: None),
+        note=note or (lambda text: None),
+    )
+    lost = (where or Here()).answer(loaded, questions)
+    results = _results(setting, recipes, tasks, store, note, progress, partly=bool(lost))
+    if lost:
+        raise ImpastoError(_unanswered(lost))
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """This process, with the model that it holds."""
+
+    def answer(self, loaded: LoadedModel, questions: Questions) -> Sequence[Lost]:
+        """Answer everything, or raise what stands in the way."""
+        if questions.scored:
+            _score(questions)
+        if questions.written:
+            _write(loaded, questions)
+        return ()
 
 
 def plan(
@@ -73,12 +175,13 @@ def plan(
     *,
     kv: KV = "exact",
     batch_tokens: int | None = None,
+    scorer: Callable[[], Scorer] | None = None,
 ) -> Work:
     """What `evaluate` would still have to score; runs nothing. Text generation is not counted in it."""
-    setting = setting_of(loaded, kv)
     scored, _ = _requests(tasks)
-    scorer = scorer_of(loaded, batch_tokens)
-    works = [scorer.plan(who, what) for who, what in _gaps(store, setting, recipes, scored)]
+    gaps = _gaps(store, setting_of(loaded, kv), recipes, scored)
+    made = scorer() if scorer else scorer_of(loaded, batch_tokens)
+    works = [made.plan(who, what) for who, what in gaps]
     return _total(works, len({r.fingerprint for r in recipes}))
 
 
@@ -131,7 +234,7 @@ def scorer_of(
     """A scorer of this model that can apply edits."""
 
     def wear(layer: int, edits: tuple[Edit, ...]) -> AbstractContextManager[object]:
-        return surgery.edited(loaded.model, [replace(edit, layers=(layer,)) for edit in edits])
+        return worn(loaded, [replace(edit, layers=(layer,)) for edit in edits])
 
     return Scorer(
         loaded.model,
@@ -143,78 +246,65 @@ def scorer_of(
     )
 
 
-def _score(
+def write(
     loaded: LoadedModel,
-    setting: Setting,
-    recipes: Sequence[Recipe],
+    recipe: Recipe,
     requests: Sequence[Request],
-    store: Store,
-    batch_tokens: int | None,
-    sharing: Sharing | None,
-    progress: Progress | None,
-    note: Note | None,
+    *,
+    kv: KV,
+    encode: Callable[[str], list[int]],
+    on_response: Callable[[int, Response], None],
 ) -> None:
-    gaps = _gaps(store, setting, recipes, requests)
-    if not gaps:
-        return
-    scorer = scorer_of(loaded, batch_tokens, sharing, note)
-    works = [scorer.plan(who, what) for who, what in gaps]
+    """One recipe's answers in text, each handed on with the place of its request as soon as it is there."""
+    with worn(loaded, recipe.edits):
+        respond(
+            loaded.model,
+            loaded.tokenizer,
+            recipe.schedule,
+            requests,
+            kv=kv,
+            encode=encode,
+            on_response=on_response,
+        )
+
+
+def _score(questions: Questions) -> None:
+    scorer = questions.scorer()
+    works = [scorer.plan(who, what) for who, what in questions.scored]
     total = sum(work.cost for work in works) or 1
     done = 0
-    for (who, what), work in zip(gaps, works, strict=True):
+    for (who, what), work in zip(questions.scored, works, strict=True):
 
         def keep(batch: Batch, who: tuple[Recipe, ...] = who, what: list[Request] = what) -> None:
-            store.put_batch(
-                setting,
-                who,
-                [what[i] for i in batch.requests],
-                loglikelihood=batch.loglikelihood,
-                is_greedy=batch.greedy,
-                tokens=batch.tokens,
-                truncated=batch.truncated,
-            )
+            questions.keep(who, what, batch)
 
         def tell(share: float, before: int = done, work: Work = work) -> None:
-            if progress is not None:
-                progress("scoring", (before + share * work.cost) / total)
+            questions.progress("scoring", (before + share * work.cost) / total)
 
         scorer.score(who, what, on_batch=keep, progress=tell)
         done += work.cost
 
 
-def _write(
-    loaded: LoadedModel,
-    setting: Setting,
-    recipes: Sequence[Recipe],
-    requests: Sequence[Request],
-    store: Store,
-    kv: KV,
-    progress: Progress | None,
-) -> None:
-    gaps = _gaps(store, setting, recipes, requests)
-    total = sum(len(who) * len(what) for who, what in gaps)
+def _write(loaded: LoadedModel, questions: Questions) -> None:
+    total = sum(len(who) * len(what) for who, what in questions.written)
     done = 0
-    encode = scorer_of(loaded).encoder.encode if gaps else None
-    for who, what in gaps:
+    for who, what in questions.written:
         for recipe in who:
 
             def keep(place: int, response: Response, recipe: Recipe = recipe, what: list[Request] = what) -> None:
                 nonlocal done
-                store.put_responses(setting, [(recipe, what[place], response)])
+                questions.keep_text(recipe, what[place], response)
                 done += 1
-                if progress is not None:
-                    progress("generating", done / total)
+                questions.progress("generating", done / total)
 
-            with surgery.edited(loaded.model, recipe.edits):
-                respond(
-                    loaded.model,
-                    loaded.tokenizer,
-                    recipe.schedule,
-                    what,
-                    kv=kv,
-                    encode=encode,
-                    on_response=keep,
-                )
+            write(
+                loaded,
+                recipe,
+                what,
+                kv=cast(KV, questions.setting.kv),
+                encode=questions.scorer().encoder.encode,
+                on_response=keep,
+            )
 
 
 def _results(
@@ -224,24 +314,31 @@ def _results(
     store: Store,
     note: Note | None,
     progress: Progress | None,
+    *,
+    partly: bool,
 ) -> list[Result]:
+    """Every result there can be; with `partly`, results that lack answers are left out."""
     names = [task.name for task in tasks]
     known = {(r.recipe, r.task, r.protocol): r for r in store.results(setting, tasks=names)}
     results: list[Result] = []
+    cut: set[str] = set()  # tasks of which it has been said that requests were cut
     for i, recipe in enumerate(recipes):
         for task in tasks:
             result = known.get((recipe.fingerprint, task.name, task.protocol))
             if result is None:
-                result = task.result(recipe.fingerprint, store.responses(setting, recipe, task.requests))
+                responses = store.responses(setting, recipe, task.requests)
+                if partly and any(request.fingerprint not in responses for request in task.requests):
+                    continue
+                result = task.result(recipe.fingerprint, responses)
                 store.put_result(setting, result)
-                _warn(recipe, result, note)
+                _warn(recipe, result, note, cut)
             results.append(result)
         if progress is not None:
             progress("judging", (i + 1) / len(recipes))
     return results
 
 
-def _warn(recipe: Recipe, result: Result, note: Note | None) -> None:
+def _warn(recipe: Recipe, result: Result, note: Note | None, cut: set[str]) -> None:
     if note is None:
         return
     if result.nonfinite:
@@ -249,10 +346,35 @@ def _warn(recipe: Recipe, result: Result, note: Note | None) -> None:
             f"{recipe}: {result.nonfinite} answers on {result.task} are not finite numbers; "
             "its metrics there are undefined"
         )
-    if result.truncated and recipe.schedule.is_series and not recipe.edits:
+    if result.truncated and result.task not in cut:
+        cut.add(result.task)
         note(
             f"{result.task}: {result.truncated} requests are longer than the model's window and were cut from the left"
         )
+
+
+def _unanswered(lost: Sequence[Lost]) -> str:
+    """What to tell the user about questions that nobody could answer."""
+    lines = ["some questions could not be answered; everything else is measured and kept"]
+    for part in lost[:SHOWN]:
+        lines.append(f"  {part.reason}:")
+        lines.append(f"    recipes: {_few([str(recipe) for recipe in part.recipes])}")
+        lines.append(f"    requests: {_few([repr(_brief(request)) for request in part.requests])}")
+    if len(lost) > SHOWN:
+        lines.append(f"  and {len(lost) - SHOWN:,} more such parts")
+    lines.append("the same command asks them again; without --ray, in this process")
+    return "\n".join(lines)
+
+
+def _few(texts: Sequence[str]) -> str:
+    more = len(texts) - SHOWN
+    return "; ".join(texts[:SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+def _brief(request: Request) -> str:
+    """The end of a request, where it differs from others."""
+    text = request.context + request.continuation
+    return text if len(text) <= 60 else "..." + text[-57:]
 
 
 def _total(works: Sequence[Work], recipes: int) -> Work:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MAX_LEVELS = 4
+CUTS = 64  # places in a full batch where it may be cut
 MIN_SAVING = 0.15  # a common beginning stands alone where that spares this share of the tokens below it
 
 
@@ -62,13 +63,16 @@ class Forest:
         """Tokens run, padding included."""
         return sum(len(level) * max(len(row.tokens) for row in level) for level in self.levels)
 
-    def locate(self, sequence: int, back: int) -> tuple[int, int, int]:
-        """Where the token `back` places before the end of a sequence stands (0 is its last): (level, row, column)."""
+    def tail(self, sequence: int, count: int) -> list[tuple[int, int, int]]:
+        """Where the last `count` tokens of a sequence stand, in reading order: (level, row, column) of each."""
         level, row = self.ends[sequence]
-        while back >= len(self.levels[level][row].tokens):
-            back -= len(self.levels[level][row].tokens)
+        found: list[tuple[int, int, int]] = []
+        while len(found) < count:
+            own = len(self.levels[level][row].tokens)
+            first = max(0, own - (count - len(found)))
+            found = [(level, row, column) for column in range(first, own)] + found
             row, level = self.levels[level][row].parent, level - 1
-        return level, row, len(self.levels[level][row].tokens) - 1 - back
+        return found
 
 
 def grow(sequences: Sequence[tuple[int, ...]], *, share: bool = True) -> list[Node]:
@@ -89,6 +93,8 @@ def grow(sequences: Sequence[tuple[int, ...]], *, share: bool = True) -> list[No
         else:
             groups.append((sequences[index], [index]))
     entries = [(tokens, tuple(members)) for tokens, members in groups]
+    if not entries:
+        return []
     if not share:
         return [Node(tokens, (), members) for tokens, members in entries]
     return _grow(entries, 0, 1)
@@ -183,25 +189,53 @@ def _padded(shape: Shape) -> int:
     return sum(rows * width for rows, width in shape)
 
 
-def batches(trees: Sequence[Node], budget: int) -> list[list[Node]]:
+def batches(trees: Sequence[Node], budget: int, overhead: int = 0) -> list[list[Node]]:
     """Pack trees into batches of at most `budget` padded tokens each; a tree that is larger is split below its top.
 
-    Trees of like height come together, longest first, so that the first batch shows whether memory suffices.
+    Trees of like height come together, longest first, so that the first batch shows whether memory suffices. They are
+    cut where that makes the whole cheapest: few batches run few passes, many batches have little padding.
+
+    Args:
+        trees: what is to be packed.
+        budget: padded tokens of a batch at the most.
+        overhead: what one more level of one more batch costs, in tokens; 0 packs as little padding as there can be.
     """
     parts = [part for tree in trees for part in _split(tree, budget)]
     parts.sort(key=lambda tree: (tree.height, len(tree.tokens)), reverse=True)
+    # Cutting anywhere is quadratic in the trees of a batch: of many, some are kept together.
+    usual = max(1, sum(part.size for part in parts) // max(1, len(parts)))
+    together = 1 + budget // (CUTS * usual)
+    blocks = [parts[i : i + together] for i in range(0, len(parts), together)]
+    if any(_padded(_shape_of(block)) > budget for block in blocks):
+        blocks = [[part] for part in parts]
+    shapes = [_shape_of(block) for block in blocks]
+    best: list[tuple[int, int]] = [(0, 0)]  # least cost of the blocks before a place, and where their last batch begins
+    for end in range(1, len(blocks) + 1):
+        found: tuple[int, int] | None = None
+        shape: Shape = ()
+        for first in range(end - 1, -1, -1):
+            shape = _beside(shapes[first], shape)
+            if _padded(shape) > budget and first < end - 1:
+                break
+            cost = best[first][0] + _padded(shape) + overhead * len(shape)
+            if found is None or cost <= found[0]:
+                found = cost, first
+        assert found is not None
+        best.append(found)
     packed: list[list[Node]] = []
-    taken: Shape = ()
-    for part in parts:
-        shape = _shape(part)
-        both = _beside(taken, shape)
-        if packed and _padded(both) <= budget:
-            packed[-1].append(part)
-            taken = both
-        else:
-            packed.append([part])
-            taken = shape
-    return packed
+    end = len(blocks)
+    while end:
+        first = best[end][1]
+        packed.append([part for block in blocks[first:end] for part in block])
+        end = first
+    return packed[::-1]
+
+
+def _shape_of(trees: Sequence[Node]) -> Shape:
+    shape: Shape = ()
+    for tree in trees:
+        shape = _beside(shape, _shape(tree))
+    return shape
 
 
 def _split(tree: Node, budget: int) -> list[Node]:

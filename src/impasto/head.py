@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impasto.anatomy import Anatomy, input_device, probe_inputs, quietly
+from impasto.anatomy import Anatomy, at_hand, input_device, probe_inputs, quietly, split
 from impasto.levels import Enough, record
 from impasto.taps import real_call, tapped
 
@@ -40,7 +40,7 @@ class Head:
         self.model = model
         self.body = body
         head = model.get_output_embeddings()
-        self.linear = head if isinstance(head, nn.Linear) and head.weight.device.type != "meta" else None
+        self.linear = head if isinstance(head, nn.Linear) and not split(head.weight) else None
         self.example: Tensor | None = None  # a few states as they leave the last layer
         self.kind = self._kind()
 
@@ -89,7 +89,7 @@ class Head:
             entering, _ = record(self.model, self.body, inputs)
             states = self.example = entering[..., 0, :, :]
             whole, entered = self._forward(states), self.enter(states)
-            plain = real_call(self.linear, (entered,), {})
+            plain = real_call(self.linear, (entered,), {}).to(whole.device)
             if torch.equal(whole, plain):
                 return "plain"
             half = plain.shape[-1] // 2
@@ -112,9 +112,16 @@ class Head:
             return self._score_whole(states, places, tokens)
         assert self.linear is not None
         entered = self.enter(states)
-        weight, bias = self.linear.weight, self.linear.bias
+        with at_hand(self.linear):
+            return self._score_slices(self.linear, entered, places, tokens)
+
+    def _score_slices(
+        self, linear: nn.Linear, entered: Tensor, places: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = linear.weight, linear.bias
+        entered = entered.to(weight.device)
         words = weight.shape[0]
-        step = max(256, min(words, SLICE.get(weight.device.type, SLICE["cuda"]) // max(1, states.shape[-2])))
+        step = max(256, min(words, SLICE.get(weight.device.type, SLICE["cuda"]) // max(1, len(entered))))
         device = weight.device
         places, tokens = places.to(device), tokens.to(device)
         top = torch.full((len(entered),), -torch.inf, device=device)

@@ -72,8 +72,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        place: torch.device = next(self.model.parameters()).device
-        return place
+        return _input_device(self.model)
 
 
 def load(
@@ -84,7 +83,10 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attention: str | None = None,
-    device_map: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: Path | str | None = None,
+    tp_plan: str | None = None,
     progress: fetch.Progress | None = None,
     notice: fetch.Notice | None = None,
 ) -> LoadedModel:
@@ -98,19 +100,26 @@ def load(
         revision: branch, tag or commit of a hub model.
         trust_remote_code: let code from the model's repository run.
         attention: attention implementation; None leaves the choice (usually `sdpa`) to transformers.
-        device_map: passed on to accelerate (`auto` spreads the model over several devices); overrides `device`.
+        device_map: for a model that does not fit one device, as transformers has it: `auto` fills the GPUs, then the
+            CPU's memory, then the disk; or a device for each part. Overrides `device`.
+        max_memory: what `device_map` may use of each device, as in `{0: "60GiB", "cpu": "200GiB"}`.
+        offload_folder: where weights are written that `device_map` sends to the disk and that are not stored as they
+            are used.
+        tp_plan: `auto` splits every layer over the processes of a `torchrun`, as the family's own plan says; all
+            processes then make the same calls. Overrides `device`.
         progress: told about downloads, hashing and de-quantising.
         notice: told the licence before the demo model's first download.
 
     Raises:
         UnknownModel: no such name, folder or file.
-        UsageError: a dtype or device that does not exist.
-        UnsupportedModel: a format or architecture that cannot be read.
+        UsageError: a dtype, device or placement that cannot be.
+        UnsupportedModel: a format or architecture that cannot be read, or no plan to split it by.
         FetchError: a download failed.
         OutOfMemory: the weights do not fit.
     """
     name, target = str(ref), _device(device)
     wanted = _dtype_named(dtype)
+    placed = _placement(device_map, max_memory, offload_folder, tp_plan)
     place = _find(name, progress, notice)
     folder: Path | str
     with _quiet():
@@ -131,17 +140,19 @@ def load(
             config = AutoConfig.from_pretrained(folder, **where)
             checkpoint = DTYPES.get(native) or _as_dtype(getattr(config, "dtype", None)) or torch.float32
             chosen = wanted or (checkpoint if target.type != "cpu" else _cpu_dtype(checkpoint))
-            if isinstance(folder, Path):
-                _check_room(name, folder, chosen, target, device_map)
+            if tp_plan is not None and not getattr(config.get_text_config(), "base_model_tp_plan", None):
+                raise UnsupportedModel(f"{name} has no tensor parallel plan: spread it with device_map='auto' instead")
+            if isinstance(folder, Path) and not placed:
+                _check_room(name, folder, chosen, target)
             model = _auto_class(config, trust_remote_code).from_pretrained(
                 folder,
                 dtype=chosen,
                 use_safetensors=True,
                 attn_implementation=attention,
-                **({"device_map": device_map} if device_map else {}),
+                **placed,
                 **where,
             )
-            if not device_map:
+            if not placed:
                 model = model.to(target)
             tokenizer = _tokenizer(folder, **where)
         if not weights:
@@ -162,7 +173,7 @@ def _loaded(name: str, model: Any, tokenizer: Any, weights: str, source: str) ->
         model=name,
         weights=weights,
         dtype=str(parameter.dtype).removeprefix("torch."),
-        device=parameter.device.type,
+        device=_input_device(model).type,
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
     )
     text = model.config.get_text_config()
@@ -240,6 +251,40 @@ def _tokenizer(folder: Path | str, **where: Any) -> Any:
 # Where and in which numbers ------------------------------------------------------------------------------------
 
 
+def _placement(
+    device_map: str | Mapping[str, Any] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    offload_folder: Path | str | None,
+    tp_plan: str | None,
+) -> dict[str, Any]:
+    """The options of `from_pretrained` that spread a model; none for a model on one device."""
+    if tp_plan is None:
+        options = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+        return {name: value for name, value in options.items() if value is not None} if device_map else {}
+    if device_map:
+        raise UsageError("give device_map or tp_plan, not both: the one spreads whole layers, the other splits each")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UsageError(
+            "tp_plan splits every layer over several processes, and this is one: start them with "
+            "`torchrun --nproc-per-node N`"
+        )
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" not in DistributedConfig.__dataclass_fields__:
+        raise UsageError("tp_plan needs a newer transformers: pip install -U transformers")
+    return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where inputs belong, also where accelerate keeps weights elsewhere."""
+    from impasto.anatomy import input_device
+
+    with contextlib.suppress(AttributeError, NotImplementedError, StopIteration):
+        return input_device(model)
+    place: torch.device = next(model.parameters()).device
+    return place
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
@@ -277,13 +322,13 @@ def _cpu_dtype(checkpoint: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if fast and checkpoint is not torch.float32 else torch.float32
 
 
-def _check_room(name: str, folder: Path, dtype: torch.dtype, device: torch.device, device_map: str | None) -> None:
+def _check_room(name: str, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse before loading what cannot fit; says nothing where free memory is not known."""
     parameters = 0
     for file in folder.glob("*.safetensors"):
         parameters += sum(_elements(entry["shape"]) for entry in _header(file).values())
     need, free = parameters * dtype.itemsize, _free_memory(device)
-    if device_map is None and free is not None and need > free:
+    if free is not None and need > free:
         raise OutOfMemory(
             f"{name} needs {fetch.megabytes(need)} for its weights in {str(dtype).removeprefix('torch.')} and "
             f"{device.type} has {fetch.megabytes(free)} free: try --dtype bfloat16, another device or a smaller model"
@@ -426,10 +471,16 @@ def _folder_hash(folder: Path, progress: fetch.Progress | None) -> str:
 
 def _module_hash(model: Any) -> str:
     """One hash over names, shapes, dtypes and bytes of a model's tensors."""
+    from impasto.anatomy import at_hand
+
     hasher = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        hasher.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for name, known in sorted(model.state_dict().items()):
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with at_hand(module):
+            tensor = getattr(module, own) if known.device.type == "meta" else known
+            hasher.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+            hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ def render(page: Page, pictures: Mapping[str, plots.Picture] | None = None, file
     facts = {name: text for name, text in page.facts.items() if name.lower() != "command"}
     command = next((text for name, text in page.facts.items() if name.lower() == "command"), "")
     numbering = {each.figure.key: each.number for each in shown}
+    sections = _sections(shown, page.tables)
+    headings = {section.title for section in sections}
     return (
         _environment()
         .get_template("report.html.j2")
@@ -52,8 +54,8 @@ def render(page: Page, pictures: Mapping[str, plots.Picture] | None = None, file
             page=page,
             answers=[_Answered.of(answer, numbering) for answer in page.answers],
             tally=_tally(page.answers),
-            sections=_sections(shown),
-            tables=[_table(title, rows) for title, rows in page.tables],
+            sections=sections,
+            tables=[_table(title, rows) for title, rows in page.tables if title not in headings],
             facts=facts,
             command=command,
             light=plots.LIGHT,
@@ -117,12 +119,15 @@ def _printable(value: object) -> object:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A table ready to print: texts in cells, and which columns hold numbers."""
+    """A table ready to print: texts (or answers) in cells, and how its columns are set.
+
+    `looks` has for each column "n" (numbers), "a" (answers), "t" (long texts, in lines) or nothing.
+    """
 
     title: str
     header: tuple[str, ...]
-    numeric: tuple[bool, ...]
-    rows: tuple[tuple[str, ...], ...]
+    looks: tuple[str, ...]
+    rows: tuple[tuple[str | _Answered, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +143,12 @@ class _Shown:
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """Figures under one heading."""
+    """Figures under one heading, and before them the tables of that title."""
 
     anchor: str
     title: str
     shown: tuple[_Shown, ...]
+    tables: tuple[_Table, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +187,16 @@ def _show(figure: Figure, number: int, rendered: plots.Picture | None) -> _Shown
     return _Shown(figure, number, Markup(wide), Markup(narrow), tuple(_numbers_of(figure)))
 
 
-def _sections(shown: Sequence[_Shown]) -> list[_Section]:
+def _sections(shown: Sequence[_Shown], tables: Sequence[tuple[str, tuple[Row, ...]]]) -> list[_Section]:
     """Figures grouped by the option `section`, each heading once, in the order of first appearance."""
     titles = dict.fromkeys(_heading(each.figure) for each in shown)
     return [
-        _Section(f"section-{place + 1}", title, tuple(each for each in shown if _heading(each.figure) == title))
+        _Section(
+            anchor=f"section-{place + 1}",
+            title=title,
+            shown=tuple(each for each in shown if _heading(each.figure) == title),
+            tables=tuple(_table(name, rows) for name, rows in tables if name == title),
+        )
         for place, title in enumerate(titles)
     ]
 
@@ -221,43 +232,72 @@ def _estimate(estimate: Estimate | None) -> str:
         return ""
     if estimate.low is None or estimate.high is None:
         return short(estimate.value)
-    return f"{short(estimate.value)} [{short(estimate.low)}, {short(estimate.high)}]"
+    scale = _scale((estimate.value, estimate.low, estimate.high))
+    low, high = (short(end, scale) for end in (estimate.low, estimate.high))
+    return f"{short(estimate.value, scale)} [{low}, {high}]"
 
 
-def short(value: float) -> str:
+def short(value: float, scale: float | None = None) -> str:
     """A number for reading: three decimals below 10, fewer above, a real minus sign, thousands apart.
+
+    A number that rounds to nothing beside larger ones is 0.000, without a sign. Scientific notation is for what lives
+    on such a scale: a million and more, and numbers that stand only among others below 0.001.
+
+    Args:
+        value: the number; a whole number given as `int` stays whole.
+        scale: the largest magnitude that it stands beside (its interval's ends, its column); None is its own.
 
     Example:
         >>> short(-0.12345), short(1234.5), short(3)
         ('\u22120.123', '1,234', '3')
+        >>> short(-3.04e-4, 0.107), short(-3.04e-4)
+        ('0.000', '\u22123.04e\u221204')
     """
+    size = abs(value)
     if isinstance(value, int) or not math.isfinite(value):
         text = f"{value:,}"
-    elif value != 0 and (abs(value) < 0.001 or abs(value) >= 1e6):
+    elif size >= 1e6 or (value != 0 and max(size, scale or 0.0) < 0.001):
         text = f"{value:.2e}"
+    elif size < 0.0005:
+        text = "0.000"
     else:
-        size = abs(value)
         decimals = 3 if size < 10 else 1 if size < 1000 else 0
         text = f"{value:,.{decimals}f}"
     return text.replace("-", "\u2212")
 
 
-def _cell(value: object) -> str:
+def _scale(values: Iterable[object]) -> float:
+    """The largest magnitude of the finite numbers among some values; 0 without any."""
+    sizes = (abs(float(value)) for value in values if isinstance(value, numbers.Real))
+    return max((size for size in sizes if math.isfinite(size)), default=0.0)
+
+
+def _cell(value: object, scale: float | None = None) -> str | _Answered:
     if value is None or value == "":
         return "\u2013"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, numbers.Real):
-        return short(float(value)) if not isinstance(value, numbers.Integral) else short(int(value))
-    return str(value)
+        return short(int(value) if isinstance(value, numbers.Integral) else float(value), scale)
+    return _Answered.of(value, {}) if isinstance(value, Answer) else str(value)
+
+
+_LONG = 40  # letters from which on a text in a table is broken into lines
 
 
 def _table(title: str, rows: tuple[Row, ...]) -> _Table:
     header = tuple(plots.columns(rows))
-    numeric = tuple(
-        all(row.get(field) is None or isinstance(row[field], numbers.Real) for row in rows) for field in header
-    )
-    return _Table(title, header, numeric, tuple(tuple(_cell(row.get(field)) for field in header) for row in rows))
+    columns = [[row.get(field) for row in rows] for field in header]
+    cells = [[_cell(value, _scale(column)) for value in column] for column in columns]
+    return _Table(title, header, tuple(map(_look, columns)), tuple(zip(*cells, strict=True)))
+
+
+def _look(column: Sequence[object]) -> str:
+    if all(value is None or isinstance(value, numbers.Real) for value in column):
+        return "n"
+    if any(isinstance(value, Answer) for value in column):
+        return "a"
+    return "t" if any(isinstance(value, str) and len(value) > _LONG for value in column) else ""
 
 
 _GRIDS = {"matrix": ("row", "column"), "heatmap": ("y", "x")}
@@ -283,9 +323,10 @@ def _numbers_of(figure: Figure) -> list[_Table]:
 def _grid(title: str, down: str, across: str, rows: Sequence[Row]) -> _Table:
     values: dict[tuple[Any, Any], object] = {(row.get(down), row.get(across)): row.get("value") for row in rows}
     lines, columns = (_sorted(row.get(field) for row in rows) for field in (down, across))
-    header = (f"{down} \\ {across}", *(_cell(column) for column in columns))
-    body = tuple((_cell(line), *(_cell(values.get((line, column))) for column in columns)) for line in lines)
-    return _Table(title, header, (True,) * len(header), body)
+    header = (f"{down} \\ {across}", *(str(_cell(column)) for column in columns))
+    scale = _scale(values.values())
+    body = tuple((_cell(line), *(_cell(values.get((line, column)), scale) for column in columns)) for line in lines)
+    return _Table(title, header, ("n",) * len(header), body)
 
 
 def _sorted(values: Any) -> list[Any]:

@@ -35,10 +35,11 @@ from impasto.head import Head
 from impasto.levels import Level, call_layer, prepare, send
 from impasto.recipe import Recipe
 from impasto.result import Request
-from impasto.trie import Bundle, Symbol, count, naive_calls, next_symbols, plant, together
+from impasto.trie import Bundle, Symbol, count, fork, naive_calls, plant
 from impasto.trie import Node as Place
 
 BUDGET = {"cpu": 2048, "cuda": 65536}  # padded tokens of one batch, before memory says otherwise
+OVERHEAD = {"cpu": 32, "cuda": 6000}  # tokens that a layer could run while another batch is begun
 HEAD_ROWS = 1024  # scored positions that the head takes at once
 
 States = list[Tensor]
@@ -147,10 +148,14 @@ class Scorer:
         """The common beginnings of the pieces."""
         return grow([p.tokens for p in pieces], share=self.sharing.contexts and not self.body.stateful)
 
+    def pack(self, trees: Sequence[Node], budget: int) -> list[list[Node]]:
+        """The batches that they are run in."""
+        return batches(trees, budget, OVERHEAD.get(self.device.type, OVERHEAD["cuda"]))
+
     def plan(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> Work:
         """What scoring these would take; runs nothing."""
         pieces = self.encoder.pieces(requests)
-        packed = batches(self.trees(pieces), self.budget or 1)
+        packed = self.pack(self.trees(pieces), self.budget or 1)
         counted = count(plant(recipes)) if self.sharing.calls else None
         naive = naive_calls(recipes)
         return Work(
@@ -195,7 +200,7 @@ class Scorer:
         roots = [plant(recipes)] if self.sharing.calls else [_alone(recipes, i) for i in range(len(recipes))]
         calls = sum(count(root).calls for root in roots)
         budget = self.budget or 1
-        queue = batches(self.trees(pieces), budget)
+        queue = self.pack(self.trees(pieces), budget)
         total = sum(lay_out(batch).padded for batch in queue)
         done = 0
         while queue:
@@ -214,7 +219,7 @@ class Scorer:
                 del error
                 _free(self.device)
                 budget = min(budget, forest.padded) // 2
-                smaller = batches([tree for rest in queue for tree in rest], max(1, budget))
+                smaller = self.pack([tree for rest in queue for tree in rest], max(1, budget))
                 if lay_out(smaller[0]).padded >= forest.padded:
                     longest = max(len(p.tokens) for i, p in enumerate(pieces) if i in forest.ends)
                     raise OutOfMemory(
@@ -255,35 +260,28 @@ class _Targets:
     """Where the scored positions of a batch are and which tokens they must predict."""
 
     def __init__(self, forest: Forest, pieces: Sequence[Piece], device: torch.device) -> None:
+        self.device = device
         self.sequences = sorted(forest.ends)
-        places: dict[tuple[int, int, int], int] = {}
-        place, token, owner = [], [], []
-        for column, s in enumerate(self.sequences):
-            targets = pieces[s].targets
-            for k, target in enumerate(targets):
-                where = forest.locate(s, len(targets) - 1 - k)
-                place.append(places.setdefault(where, len(places)))
-                token.append(target)
-                owner.append(column)
-        # positions are gathered level by level, so number them in that order
-        order = sorted(places, key=lambda where: where[0])
-        rank = {places[where]: i for i, where in enumerate(order)}
-        self.positions = len(order)
-        self.place = send(torch.tensor([rank[p] for p in place]), device)
-        self.token = send(torch.tensor(token), device)
-        self.owner = send(torch.tensor(owner), device)
+        targets = [pieces[s].targets for s in self.sequences]
+        places = [
+            place for s, wanted in zip(self.sequences, targets, strict=True) for place in forest.tail(s, len(wanted))
+        ]
+        # Equal places are one position; positions are gathered level by level, so they are numbered in that order.
+        distinct, place = np.unique(np.array(places, dtype=np.int64).reshape(-1, 3), axis=0, return_inverse=True)
+        self.positions = len(distinct)
+        self.place = send(torch.from_numpy(place.reshape(-1)), device)
+        self.token = send(torch.tensor([token for wanted in targets for token in wanted]), device)
+        self.owner = send(torch.arange(len(targets)).repeat_interleave(torch.tensor([len(t) for t in targets])), device)
+        level_of, row, column = torch.from_numpy(distinct).unbind(1)
         self.by_level = [
-            (
-                send(torch.tensor([w[1] for w in order if w[0] == level], dtype=torch.long), device),
-                send(torch.tensor([w[2] for w in order if w[0] == level], dtype=torch.long), device),
-            )
+            (send(row[level_of == level], device), send(column[level_of == level], device))
             for level in range(len(forest.levels))
         ]
 
     def gather(self, states: States) -> Tensor:
-        """The hidden states at the scored positions, (..., positions, channels)."""
+        """The hidden states at the scored positions, (..., positions, channels), wherever their last layer ran."""
         picked = [
-            state[..., rows.to(state.device), columns.to(state.device), :].to(states[0].device)
+            state[..., rows.to(state.device), columns.to(state.device), :].to(self.device)
             for state, (rows, columns) in zip(states, self.by_level, strict=True)
         ]
         return torch.cat(picked, dim=-2)
@@ -354,29 +352,29 @@ class _Walk:
             return call_layer(scorer.body, layer, self.levels, states)
 
     def visit(self, places: Sequence[Place], states: States) -> None:
-        """Everything that follows from one state; the last continuation is walked without recursion."""
+        """Everything that follows from one state; the largest part is walked last and without recursion."""
         while True:
-            here = together(places)
-            for place in here:
+            way = fork(places)
+            for place in way.here:
                 for recipe in place.recipes:
                     self.arrive(recipe, states)
                 for owner, bundle in place.arrivals:
                     self.sums[id(owner), bundle].add(states)
-            for place in here:
-                for bundle in place.bundles:
-                    self.sums[id(place), bundle] = _Sum(bundle, states)
-            following = list(next_symbols(here).items())
-            groups = [(place, bundle) for place in reversed(here) for bundle in place.bundles]
-            for symbol, children in following[: len(following) if groups else -1]:
+            for place, bundle in way.groups:
+                self.sums[id(place), bundle] = _Sum(bundle, states)
+            for symbol, children in way.sides:
                 self.visit(children, self.call(symbol, states))
-            for place, bundle in groups[:-1]:
+            if way.kept is not None:
+                states = self.call(way.kept.symbol, states)
+                if way.kept.now:
+                    self.visit(way.kept.now, states)
+            for place, bundle in way.groups[: None if way.kept else -1]:
                 self.visit([place.bundles[bundle]], self.sums.pop((id(place), bundle)).finish())
-            if groups:
-                place, bundle = groups[-1]
+            if way.kept is not None:
+                places = way.kept.later
+            elif way.groups:
+                place, bundle = way.groups[-1]
                 places, states = [place.bundles[bundle]], self.sums.pop((id(place), bundle)).finish()
-            elif following:
-                symbol, places = following[-1]
-                states = self.call(symbol, states)
             else:
                 return
 

@@ -177,7 +177,9 @@ class _MeanMember(SlotView):
     ) -> tuple[Tensor, Tensor]:
         shared: MeanSlot = self.__dict__["_shared"]
         own = shared.cache.layers[shared.slot]
-        shared.keys.append(key_states)
-        shared.values.append(value_states)
-        seen: tuple[Tensor, Tensor] = copy.copy(own).update(key_states, value_states, *args, **kwargs)
-        return seen
+        here = key_states.device
+        home = shared.keys[0].device if shared.keys else here  # members may run on different devices
+        shared.keys.append(key_states.to(home))
+        shared.values.append(value_states.to(home))
+        keys, values = copy.copy(own).update(shared.keys[-1], shared.values[-1], *args, **kwargs)
+        return keys.to(here), values.to(here)

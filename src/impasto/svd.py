@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from impasto.errors import UsageError
 
+_DAMPING = 1e-6  # of the mean over all directions, for those that no input had
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
@@ -28,7 +31,7 @@ class Factors:
     Attributes:
         left: (m, k) orthonormal columns.
         values: (k,) singular values, falling.
-        right: (k, n) orthonormal rows.
+        right: (k, n) orthonormal rows; not orthonormal where the components are weighed by inputs.
     """
 
     left: Tensor
@@ -50,6 +53,15 @@ class Factors:
     def dense(self) -> Tensor:
         """The matrix (m, n) that these components add up to; zeros where there are none."""
         return (self.left * self.values) @ self.right
+
+    def thin(self) -> tuple[Tensor, Tensor]:
+        """Two matrices, (m, k) and (k, n), whose product is `dense`; the singular values are shared between them."""
+        root = self.values.sqrt()
+        return self.left * root, root[:, None] * self.right
+
+    def transposed(self) -> Factors:
+        """The components of the transposed matrix."""
+        return Factors(self.right.mT, self.values, self.left.mT)
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -75,19 +87,45 @@ def decompose(weight: Tensor, *, precision: torch.dtype = torch.float32, folder:
         UsageError: the weight is no matrix, or holds numbers that are not finite.
     """
     _check(weight)
-    if folder is None:
-        return _exact(weight, precision)
-    path = folder / f"{fingerprint(weight)}-{str(precision).removeprefix('torch.')}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-        return Factors(*(file.get_tensor(name).to(weight.device) for name in ("left", "values", "right")))
-    factors = _exact(weight, precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".svd-") as unfinished:
-        draft = Path(unfinished) / path.name
-        tensors = {"left": factors.left, "values": factors.values, "right": factors.right}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, draft)
-        draft.replace(path)
-    return factors
+    name = f"{fingerprint(weight)}-{str(precision).removeprefix('torch.')}" if folder else ""
+    return _kept(folder, name, weight.device, lambda: _exact(weight, precision))
+
+
+def decompose_weighed(weight: Tensor, moment: Tensor, *, folder: Path | None = None) -> Factors:
+    """All components of a matrix, those first that matter most for given inputs.
+
+    For inputs X of n x tokens, with X X^T = S S^T, this is the singular value decomposition W S = U diag(s) V^T,
+    carried back: W = U diag(s) (V^T S^-1). Of all matrices of rank k the first k components have the least error
+    |(W - W_k) X|, and its square is s_{k+1}^2 + ... [SVD-LLM, arXiv 2403.07378]. Since V^T S^-1 = diag(1/s) U^T W,
+    only U and s are needed: from the Cholesky factor S where W is tall, from W X X^T W^T where it is wide.
+
+    Directions that no input had are weighed by a millionth of the mean, so that S is never singular and what the
+    inputs leave open is cut as in a plain truncation. This damping of strength d never makes the error larger than
+    that of the plain truncation P: W_k is best in |E X|^2 + d |E|^2 and P is best in |E|^2, so
+    |E_k X|^2 <= |E_P X|^2 + d (|E_P|^2 - |E_k|^2) <= |E_P X|^2.
+
+    Args:
+        weight: (m, n), applied to columns of n numbers.
+        moment: (n, n), X X^T; its scale does not matter. All zeros give the plain components.
+        folder: as in `decompose`.
+
+    Returns:
+        min(m, n) components in float32 on the device of `weight`; `values` are s, up to the moment's scale.
+
+    Raises:
+        UsageError: the weight is no matrix or not finite, or the moment does not fit it.
+    """
+    _check(weight)
+    width = weight.shape[1]
+    if moment.shape != (width, width):
+        raise UsageError(
+            f"inputs of a matrix with {width} columns have a moment of {width} x {width}, not "
+            f"{' x '.join(map(str, moment.shape))}"
+        )
+    if not torch.isfinite(moment).all():
+        raise UsageError("the inputs of this weight were not finite in calibration")
+    name = f"{fingerprint(weight)}-{fingerprint(moment)}-weighed" if folder else ""
+    return _kept(folder, name, weight.device, lambda: _weighed(weight, moment))
 
 
 def decompose_randomly(weight: Tensor, rank: int, *, niter: int = 2, seed: int = 0) -> Factors:
@@ -156,3 +194,64 @@ def _exact(weight: Tensor, precision: torch.dtype) -> Factors:
     with torch.no_grad():
         left, values, right = torch.linalg.svd(weight.detach().to(precision), full_matrices=False)
     return Factors(left, values, right)
+
+
+def _weighed(weight: Tensor, moment: Tensor) -> Factors:
+    place = torch.device("cpu") if weight.device.type == "mps" else weight.device  # which has no float64
+    with torch.no_grad():
+        matrix, scaled = weight.detach().to(place, torch.float64), moment.to(place, torch.float64, copy=True)
+        mean = float(scaled.diagonal().mean())
+        scaled.div_(mean or 1.0)
+        if not mean:
+            scaled.diagonal().fill_(1)
+        left, values = (_left_of_wide if matrix.shape[0] <= matrix.shape[1] else _left_of_tall)(matrix, scaled)
+        right = left.mT @ matrix / values.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        return Factors(*(tensor.to(weight.device, torch.float32) for tensor in (left, values, right)))
+
+
+def _left_of_wide(matrix: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """U and s of W S from the few outputs' own moment, W S S^T W^T = U diag(s^2) U^T."""
+    moment.diagonal().add_(_DAMPING)
+    squares, left = torch.linalg.eigh(matrix @ moment @ matrix.mT)
+    return left.flip(1), squares.flip(0).clamp_min(0).sqrt()
+
+
+def _left_of_tall(matrix: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """U and s of W S with S the Cholesky factor; damped further where rounding has left no such factor."""
+    added, damping, failed = 0.0, _DAMPING, True
+    while failed:
+        moment.diagonal().add_(damping - added)
+        root, problem = torch.linalg.cholesky_ex(moment)
+        added, damping, failed = damping, 10 * damping, bool(problem)
+    left, values, _ = torch.linalg.svd((matrix @ root).float(), full_matrices=False)
+    return left.double(), values.double()
+
+
+def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor] | None:
+    """The tensors in a safetensors file; None where there is none that can be read."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+    return None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Keep tensors in a safetensors file, which appears whole or not at all; a full or read-only disk is no error."""
+    with contextlib.suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as unfinished:
+            draft = Path(unfinished) / path.name
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, draft)
+            draft.replace(path)
+
+
+def _kept(folder: Path | None, name: str, device: torch.device, make: Callable[[], Factors]) -> Factors:
+    if folder is None:
+        return make()
+    path = folder / f"{name}.safetensors"
+    names = ("left", "values", "right")
+    known = read_tensors(path, device)
+    if known is not None and known.keys() >= set(names):
+        return Factors(*(known[name] for name in names))
+    factors = make()
+    write_tensors(path, {name: getattr(factors, name) for name in names})
+    return factors

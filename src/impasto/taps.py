@@ -18,6 +18,14 @@ from torch import Tensor, nn
 from impasto.errors import UnsupportedModel
 
 
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    # Not a function inside of `map`: one that calls itself is a cycle, which would keep what `change` holds (keys and
+    # values of a whole batch) until the garbage collector comes by.
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(member, change) for member in value)
+    return change(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """How the model called one layer: everything but the hidden state, which can be put back in its place."""
@@ -44,13 +52,8 @@ class Context:
 
     def map(self, change: Callable[[Any], Any]) -> Context:
         """The same context with `change` applied to every argument (and inside tuples and lists)."""
-
-        def walk(value: Any) -> Any:
-            if type(value) in (tuple, list):
-                return type(value)(walk(v) for v in value)
-            return change(value)
-
-        return Context(tuple(walk(a) for a in self.args), {k: walk(v) for k, v in self.kwargs.items()}, self.name)
+        kwargs = {name: _mapped(value, change) for name, value in self.kwargs.items()}
+        return Context(tuple(_mapped(value, change) for value in self.args), kwargs, self.name)
 
     def values(self) -> Iterator[Any]:
         """Every argument, one after another."""

@@ -29,6 +29,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from impasto import fetch
+from impasto.benchmarks.reply import Reply
 from impasto.errors import FetchError, ImpastoError, UnknownTask, UsageError
 from impasto.result import Kind, Request, Response, Result, digest
 
@@ -85,6 +86,7 @@ DEFAULT_TASKS = (
 )
 PAPER_TASKS = ("lambada_openai", "arc_challenge", "hellaswag", "winogrande", "gsm8k")
 
+_OWN_DATA = ("impasto_", "laser_")  # tasks that do not live on what `impasto fetch benchmarks` brings
 _HERE = Path(__file__).parent / "benchmarks"
 _PLAIN_GROUP = {"group", "group_alias", "task", "metadata", "tag", "aggregate_metric_list"}
 
@@ -196,6 +198,54 @@ class TaskSet:
             if len(prompts) == 1 and isinstance(right, int) and 0 <= right < len(ordered):
                 found.append(ordered[right].args)
         return tuple(found)
+
+    def golds(self) -> tuple[int, ...] | None:
+        """The right position of every example; None for a task without choices, or with several right ones."""
+        if self.kind != "multiple_choice" or self._task.multiple_input or self._task.multiple_target:
+            return None
+        found: list[int] = []
+        for doc in self._docs().values():
+            gold = self._task.doc_to_target(doc)
+            found.append(self._task.doc_to_choice(doc).index(gold) if isinstance(gold, str) else int(gold))
+        return tuple(found)
+
+    def parted(self, share: float = 0.2) -> tuple[TaskSet, TaskSet]:
+        """A part to choose on and a part to report on, of a task that has no such parts of its own.
+
+        A hash of each document decides, so it stays on its side under any limit and order. Few-shot examples are
+        those of the whole task.
+
+        Raises:
+            UsageError: one of the parts would be empty.
+        """
+        names = {i: json.dumps(doc, sort_keys=True, default=str) for i, doc in self._docs().items()}
+        chosen = {i for i, text in names.items() if int(digest("part", text), 16) < share * 2**64}
+        return self._part("validation", chosen), self._part("test", set(names) - chosen)
+
+    def _part(self, name: str, chosen: set[int]) -> TaskSet:
+        if not chosen:
+            raise UsageError(f"{self.name}: too few examples for a {name} part")
+        kept = [k for k, instance in enumerate(self._task.instances) if instance.doc_id in chosen]
+        task = copy.copy(self._task)
+        task._instances = [self._task.instances[k] for k in kept]
+        asked = tuple(self._asked[k] for k in kept)
+        wanted = set(asked)
+        docs = [doc for i, doc in self._docs().items() if i in chosen]
+        chance, majority = _guessing(task, self.metric, docs)
+        return replace(
+            self,
+            n=len(docs),
+            requests=tuple(request for request in self.requests if request.fingerprint in wanted),
+            protocol=digest("part", self.protocol, name, asked),
+            chance=chance,
+            majority=majority,
+            source=f"{self.source}; {name} part",
+            _task=task,
+            _asked=asked,
+        )
+
+    def _docs(self) -> dict[int, Any]:
+        return {instance.doc_id: instance.doc for instance in self._task.instances}
 
     def _judge(self, mine: Mapping[str, tuple[Request, Response]], broken: set[str]) -> dict[str, list[Any]]:
         """Per metric and filter, the harness's raw value of every example in order; None for a broken one."""
@@ -362,7 +412,7 @@ def _load(
     """The harness's task objects that a name stands for, with the source of their data."""
     for member, entry in _members(name, manager):
         origin = _origin(entry.yaml_path)
-        if origin == "built-in" and not member.startswith("impasto_"):
+        if origin == "built-in" and not member.startswith(_OWN_DATA):
             try:
                 fetch.ensure("benchmarks", progress=progress, notice=notice)
             except FetchError as problem:
@@ -481,7 +531,7 @@ def _answer(request: Request, response: Response) -> Any:
         return response.text or ""
     if request.kind == "rolling":
         return response.loglikelihood
-    return response.loglikelihood, response.is_greedy
+    return Reply(response.loglikelihood, response.is_greedy, response.tokens)
 
 
 def _usable(request: Request, response: Response) -> bool:
@@ -506,7 +556,8 @@ def _guessing(task: Any, metric: str, docs: Sequence[Any]) -> tuple[float | None
     if metric.split(",")[0] not in ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"):
         return None, None
     if task.OUTPUT_TYPE != "multiple_choice":
-        return 0.0, 0.0
+        texts = Counter(str(task.doc_to_target(doc)).strip().lower() for doc in docs)
+        return 0.0, max(texts.values(), default=0) / len(docs)
     chances, positions = [], Counter[int]()
     for doc in docs:
         choices = task.doc_to_choice(doc)
@@ -573,6 +624,8 @@ def _source_text(name: str, origin: Origin, path: Path | None) -> str:
         return "harness, data from the hub"
     if name.startswith("impasto_"):
         return "part of impasto"
+    if name.startswith("laser_"):
+        return "rows from the folder that IMPASTO_DATA names, or from the hub"
     wheel = fetch.SOURCES["benchmarks"].wheels[0]
     note = BENCHMARKS[name].note if name in BENCHMARKS else ""
     return f"data from the package {wheel.package} {wheel.version}" + (f"; {note}" if note else "")

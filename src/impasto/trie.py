@@ -46,6 +46,7 @@ class Node:
         recipes: indices of the recipes that end here.
         branches: the branches of all `bundles`, planted together; its ends are `arrivals`.
         arrivals: groups (of the node that owns this tree of branches) for which a branch ends here, with repetition.
+        size: nodes from here on, itself and the trees of branches left out; known when the tree is planted.
     """
 
     symbols: dict[Symbol, Node] = field(default_factory=dict)
@@ -53,6 +54,12 @@ class Node:
     recipes: list[int] = field(default_factory=list)
     branches: Node | None = None
     arrivals: list[tuple[Node, Bundle]] = field(default_factory=list)
+    size: int = 1
+
+    @property
+    def children(self) -> list[Node]:
+        """The nodes that follow."""
+        return [*self.symbols.values(), *self.bundles.values()]
 
 
 def dress(recipe: Recipe) -> tuple[Dressed, ...]:
@@ -78,7 +85,19 @@ def plant(recipes: Sequence[Recipe]) -> Node:
     root = Node()
     for index, recipe in enumerate(recipes):
         _insert(root, dress(recipe)).recipes.append(index)
+    _measure(root)
     return root
+
+
+def _measure(root: Node) -> None:
+    """Note the size of every node."""
+    order = [root]
+    for node in order:
+        order += node.children
+        if node.branches is not None:
+            order.append(node.branches)
+    for node in reversed(order):
+        node.size = 1 + sum(child.size for child in node.children)
 
 
 def _insert(node: Node, steps: tuple[Dressed, ...]) -> Node:
@@ -115,6 +134,61 @@ def next_symbols(nodes: Sequence[Node]) -> dict[Symbol, list[Node]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """The layer call whose output waits until all else that follows from its input is done.
+
+    Attributes:
+        symbol: the call.
+        now: places in trees of branches: groups need them, and they do not go on.
+        later: where the walk goes on in the end.
+    """
+
+    symbol: Symbol
+    now: tuple[Node, ...]
+    later: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """What follows from one state, in the order in which it is walked.
+
+    The largest part comes last, when the state itself and all sums begun on it are free again. What has to be walked
+    while a state is held is then at most half of what follows, so the states alive at once grow with the logarithm
+    of the tree, not with its depth.
+
+    Attributes:
+        here: all places that share the state, see `together`.
+        sides: layer calls, each walked to its end.
+        kept: the call that is walked last; without it the last group is.
+        groups: parallel groups with the places where they begin: those inside of branches, then the largest last.
+    """
+
+    here: tuple[Node, ...]
+    sides: tuple[tuple[Symbol, list[Node]], ...]
+    kept: Kept | None
+    groups: tuple[tuple[Node, Bundle], ...]
+
+
+def fork(nodes: Sequence[Node]) -> Fork:
+    """The order of what follows from the state that all of these nodes have in common."""
+    here = together(nodes)
+    following = next_symbols(here)
+    inner = [(node, bundle) for node in reversed(here[len(nodes) :]) for bundle in node.bundles]
+    outer = [(node, bundle) for node in nodes for bundle in node.bundles]
+    outer.sort(key=lambda group: group[0].bundles[group[1]].size)
+    largest = max((node.bundles[bundle].size for node, bundle in outer), default=0)
+    kept: Kept | None = None
+    for symbol, children in following.items():
+        later = tuple(node.symbols[symbol] for node in nodes if symbol in node.symbols)
+        now = tuple(child for child in children if all(child is not other for other in later))
+        size = sum(node.size for node in later)
+        if size > largest and not any(node.children for node in now):
+            kept, largest = Kept(symbol, now, later), size
+    sides = tuple((s, children) for s, children in following.items() if kept is None or s != kept.symbol)
+    return Fork(tuple(here), sides, kept, (*inner, *outer))
+
+
+@dataclass(frozen=True, slots=True)
 class Count:
     """What running a tree takes: layer calls, and how many hidden states live at once at the most."""
 
@@ -127,23 +201,28 @@ def count(root: Node, weigh: Callable[[Symbol], int] = lambda symbol: 1) -> Coun
     total = 0
     peak = 0
 
-    def visit(nodes: list[Node], alive: int) -> None:
+    def visit(nodes: Sequence[Node], alive: int) -> None:
         nonlocal total, peak
         while True:
-            here = together(nodes)
-            sums = sum(len(node.bundles) for node in here)
-            peak = max(peak, alive + sums + 1)
-            following = list(next_symbols(here).items())
-            groups = [child for node in reversed(here) for child in node.bundles.values()]
-            total += sum(weigh(symbol) for symbol, _ in following)
-            tail = [following.pop()[1]] if following and not groups else [[groups.pop()]] if groups else []
-            for _, children in following:
+            way = fork(nodes)
+            sums = len(way.groups)
+            peak = max(peak, alive + sums + 1 + (way.kept is not None))
+            total += sum(weigh(symbol) for symbol, _ in way.sides)
+            for _, children in way.sides:
                 visit(children, alive + sums + 1)
-            for child in groups:
-                visit([child], alive + sums)
-            if not tail:
+            if way.kept is not None:
+                total += weigh(way.kept.symbol)
+            for done, (place, bundle) in enumerate(way.groups[: None if way.kept else -1], 1):
+                # the output that waits, the sums that are not finished, and the state that these began on
+                waiting = (way.kept is not None) + (sums - done) + (done < sums)
+                visit([place.bundles[bundle]], alive + waiting)
+            if way.kept is not None:
+                nodes = way.kept.later
+            elif way.groups:
+                place, bundle = way.groups[-1]
+                nodes = [place.bundles[bundle]]
+            else:
                 return
-            nodes = tail[0]
 
     visit([root], 0)
     return Count(total, peak)

@@ -20,6 +20,7 @@ from impasto.console import Column, Phases
 from impasto.errors import UsageError
 
 if TYPE_CHECKING:
+    from impasto.evaluate import Place
     from impasto.models import LoadedModel
     from impasto.pace import Pace
     from impasto.recipe import Recipe
@@ -60,6 +61,8 @@ def evaluate(
     trust_remote_code: options.TrustRemoteCode = False,
     attn_implementation: options.AttnImplementation = None,
     device_map: options.DeviceMap = None,
+    ray: options.Ray = None,
+    workers: options.Workers = None,
 ) -> None:
     """Measure schedules on benchmarks, each paired with the full model on the same examples.
 
@@ -69,12 +72,14 @@ def evaluate(
       impasto eval demo -s "0:8 12:18" --tasks lambada_openai,hellaswag
       impasto eval demo -s "0:5 {5:11} 11:" -s "0:5 10:4 11:" --tasks piqa
       impasto eval demo -s "0:8 12:18" --tasks gsm8k --limit 50 --dry-run
+      impasto eval ./my-model -s "0:8 12:28" --tasks hellaswag --ray local
     """
     names = options.split(tasks)
     if not names:
         raise UsageError("no tasks: name some with --tasks lambada_openai,hellaswag (`impasto tasks` lists them)")
     tokens = options.batch_tokens(batch_size)
     check_texts(schedule, edit)
+    where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
     folder = run_folder(output, model, "eval")
     loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
     from impasto import tasks as benchmarks
@@ -106,7 +111,7 @@ def evaluate(
                 _print_plan(loaded, chosen, questions, store, tokens, progress)
                 return
             with recorded(store, ["impasto", *sys.argv[1:]], seed=seed):
-                results = _measured(loaded, chosen, questions, store, kv, tokens, progress)
+                results = _measured(loaded, chosen, questions, store, kv, tokens, where, progress)
         out = console.output()
         print_schedules(out, loaded, chosen)
         by_name = {(result.recipe, result.task): result for result in results}
@@ -134,6 +139,7 @@ def _measured(
     store: Store,
     kv: options.KV,
     tokens: int | None,
+    where: Place | None,
     progress: Phases,
 ) -> list[Result]:
     from impasto import evaluate as evaluation
@@ -145,6 +151,7 @@ def _measured(
         store,
         kv=kv.value,
         batch_tokens=tokens,
+        where=where,
         progress=progress.share,
         note=progress.note,
     )
@@ -292,11 +299,10 @@ def _print_plan(
 ) -> None:
     from impasto import evaluate as evaluation
     from impasto.pace import pace
-    from impasto.scoring import Scorer
 
     progress.bytes("planning", 0, 0)
-    scorer = Scorer(loaded.model, loaded.tokenizer, budget=tokens)
-    work = evaluation.plan(loaded, chosen, questions, store, batch_tokens=tokens)
+    scorer = evaluation.scorer_of(loaded, tokens)
+    work = evaluation.plan(loaded, chosen, questions, store, scorer=lambda: scorer)
     lines = list(planned(work, pace(scorer), scorer.budget or 0))
     progress.close()
     out = console.output()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from impasto.errors import UsageError
+
+if TYPE_CHECKING:
+    from impasto.cluster import Cluster
 
 
 class KV(StrEnum):
@@ -20,6 +23,7 @@ class KV(StrEnum):
 
 _LOADING = "How the model is loaded"
 _ASKING = "What is asked"
+_SHARING = "Who does the work"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id (org/name), a folder, a .gguf file, or `demo`.")]
 ScheduleText = Annotated[
@@ -84,6 +88,44 @@ Output = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what it would take in work, time and memory; run nothing.")
 ]
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        rich_help_panel=_SHARING,
+        help="Share the scoring out with Ray: `local` for this host, `auto` or HOST:PORT for a cluster.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        rich_help_panel=_SHARING,
+        help="Workers under --ray; else one for each GPU, or for each machine without.",
+    ),
+]
+
+
+def cluster(
+    address: str | None, workers: int | None, *, revision: str | None, trust_remote_code: bool, device_map: str | None
+) -> Cluster | None:
+    """The cluster that `--ray` and `--workers` ask for; None is this process.
+
+    Raises:
+        MissingExtra: Ray is not installed.
+        UsageError: options that do not go together.
+    """
+    if address is None:
+        if workers is not None:
+            raise UsageError("--workers goes with --ray: `--ray local` starts workers on this host")
+        return None
+    if device_map is not None:
+        raise UsageError("--ray gives each worker one device, and --device-map several: leave one of them away")
+    from impasto.cluster import Cluster
+
+    return Cluster(address, workers, revision, trust_remote_code)
 
 
 def split(names: str | None) -> list[str]:

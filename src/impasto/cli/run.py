@@ -131,9 +131,9 @@ def _generate(
 
     with contextlib.ExitStack() as stack:
         if recipe.edits:
-            from impasto import surgery
+            from impasto.apply import worn
 
-            stack.enter_context(surgery.edited(loaded.model, recipe.edits))
+            stack.enter_context(worn(loaded, recipe.edits))
         return generate(
             loaded.model,
             loaded.tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +15,9 @@ from rich.text import Text
 
 from impasto import console
 from impasto.cli import options
-from impasto.cli.loading import Loading, looking, recorded, require_tokenizer, run_folder
-from impasto.errors import FetchError
+from impasto.cli.loading import RUNS, Loading, looking, recorded, require_tokenizer, run_folder
+from impasto.errors import FetchError, UsageError
+from impasto.result import digest
 
 if TYPE_CHECKING:
     from impasto.result import Answer, Page
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 study = typer.Typer(name="study", rich_markup_mode="rich", help="A whole study of one model, as a page.")
 
 _ASKING = "What is asked"
+_LONGEST = 120  # letters of a folder's name that is made of others
 _STYLES = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
 
 
@@ -71,6 +73,8 @@ def painters(
     trust_remote_code: options.TrustRemoteCode = False,
     attn_implementation: options.AttnImplementation = None,
     device_map: options.DeviceMap = None,
+    ray: options.Ray = None,
+    workers: options.Workers = None,
 ) -> None:
     """Ask of a model what "Transformer Layers as Painters" asked: skip, swap, reverse, repeat, run in parallel.
 
@@ -81,8 +85,10 @@ def painters(
       impasto study painters
       impasto study painters demo --protocol standard --dry-run
       impasto study painters ./my-model --tasks lambada_openai --limit 200
+      impasto study painters ./my-model --protocol paper --ray local
     """
     tokens = options.batch_tokens(batch_size)
+    where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
     folder = run_folder(output, model, f"painters-{protocol.value}")
     loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
     from impasto import fetch
@@ -115,32 +121,70 @@ def painters(
             console.output().print(console.facts(planned(plan)))
             return
         with recorded(store, ["impasto", *sys.argv[1:]], seed=None):
-            page = run_painters(loaded, **asked)
+            page = run_painters(loaded, where=where, **asked)
         progress.bytes("drawing the page", 0, 0)
         path = _write(page, folder)
     _show(page, path)
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The run folder of a study, finished or not.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER", help="The run folder of a study, finished or not; several are compared."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where the page goes; else the run folder."),
+    ] = None,
 ) -> None:
-    """Make the page of a study again from its run folder; needs no model.
+    """Make the page of a study again from its run folder, or one page that compares several; needs no model.
+
+    A comparison shows models of any depth on common axes, and every question side by side, on what the runs have in
+    common. It goes to a folder of its own below `impasto-runs`.
 
     Examples:
       impasto report impasto-runs/demo-painters-quick
+      impasto report impasto-runs/small-painters-standard impasto-runs/large-painters-standard -o small-and-large
     """
     from impasto.store import Store
 
     with console.phases() as progress:
         progress.bytes("reading the results", 0, 0)
-        with Store(folder, readonly=True):  # a folder without results is said to be one before anything is imported
-            pass
-        from impasto.studies.run import page_of
+        for folder in folders:  # a folder without results is said to be one before anything is imported
+            with Store(folder, readonly=True):
+                pass
+        if len(folders) == 1:
+            from impasto.studies.run import page_of
 
-        page = page_of(folder)
+            page, target = page_of(folders[0]), output or folders[0]
+        else:
+            from impasto.studies.compare import compare
+
+            target = _apart(output or comparison_folder(folders), folders)
+            page = compare(folders)
         progress.bytes("drawing the page", 0, 0)
-        path = _write(page, folder)
+        path = _write(page, target)
     _show(page, path)
+
+
+def comparison_folder(folders: Sequence[Path]) -> Path:
+    """Where a comparison goes when nobody says: a name made of the runs' names below `impasto-runs`.
+
+    Example:
+        >>> comparison_folder([Path("runs/a"), Path("runs/b")]).name
+        'comparison-a-b'
+    """
+    names = "-".join(folder.resolve().name for folder in folders)
+    if len(names) > _LONGEST:
+        names = digest("comparison", *(str(folder.resolve()) for folder in folders))
+    return RUNS / f"comparison-{names}"
+
+
+def _apart(target: Path, folders: Sequence[Path]) -> Path:
+    """The target, unless it is one of the runs: its own page would be lost."""
+    if any(target.resolve() == folder.resolve() for folder in folders):
+        raise UsageError(f"{target} is one of the runs, and has a page of its own: choose another --output")
+    return target
 
 
 def _write(page: Page, folder: Path) -> Path:

@@ -26,6 +26,7 @@ from impasto.plots.frame import (
     span,
     table,
     titled,
+    whole_numbers,
     x_axis,
     y_axis,
 )
@@ -46,14 +47,18 @@ def layer_curve(
     y_domain: Sequence[float] | None = None,
     columns: int | None = None,
 ) -> Chart:
-    """A score for every layer, such as what is left when that one layer is skipped; one panel per task."""
+    """A score for every layer, such as what is left when that one layer is skipped; one panel per task.
+
+    Along x are numbers of layers, or relative depths where models of different depth are compared.
+    """
     key = Key.of(rows, canvas, series)
+    layers = whole_numbers(numbers(rows, "x"))
 
     def build(cell: Cell, mine: Rows) -> Chart:
         ours = [rule for rule in rules if rule.get("panel") in (None, cell.name)]
         frame = fit(mine, ours, y_domain)
         y = y_axis(cell, y_title, frame)
-        x = x_axis(cell, x_title, rows, pad=0.5)
+        x = x_axis(cell, x_title, rows, pad=0.5 if layers else _share(rows, 0.02))
         under, over = reference(rules, cell, y, mine)
         return titled(alt.layer(*under, *lines(mine, rows, x, y, key, frame=frame, points=26), *over), cell)
 
@@ -160,7 +165,7 @@ def _end_labels(
         for (name, at, end), place in zip(ends, moved, strict=True)
     ]
     base = alt.Chart(table(marks))
-    leader = base.mark_rule(strokeWidth=1, opacity=0.7).encode(
+    leader = base.mark_rule(strokeWidth=1, strokeDash=[1, 3]).encode(
         x=x, x2=alt.value(cell.width + 12), y=y, y2=alt.Y2(field="to"), color=key.colour(rows)
     )
     label = base.mark_text(align="left", dx=4, color=LIGHT["ink"], fontSize=12, limit=margin - 12).encode(

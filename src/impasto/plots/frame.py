@@ -191,7 +191,7 @@ def x_axis(cell: Cell, title: str, rows: Rows, *, pad: float = 0.0) -> alt.X:
         title=title if cell.bottom else None,
         labels=cell.bottom,
         values=ticks,
-        format=",d" if all(float(tick).is_integer() for tick in ticks) else FORMAT,
+        format=",d" if whole_numbers(ticks) else FORMAT,
         labelOverlap=False,
     )
     scale = look(domain=[low - pad, high + pad], nice=False, zero=False)
@@ -199,16 +199,45 @@ def x_axis(cell: Cell, title: str, rows: Rows, *, pad: float = 0.0) -> alt.X:
 
 
 def x_ticks(values: Sequence[float], most: int) -> list[float]:
-    """Where to label an axis: round steps where whole numbers follow each other, else values that there are.
+    """Where to label an axis: whole values that there are, or round steps where they follow each other or are broken.
 
     Example:
         >>> x_ticks([1, 3, 5, 7, 9, 11, 13, 15, 17], 5)
         [1, 5, 9, 13, 17]
+        >>> x_ticks([5.6, 16.7, 27.8, 94.4], 5)
+        [20.0, 40.0, 60.0, 80.0]
     """
     distinct = sorted(set(values))
+    if not whole_numbers(distinct):
+        return round_ticks(distinct[0], distinct[-1], most)
     if len(distinct) > 1 and distinct == [distinct[0] + place for place in range(len(distinct))]:
         return list(whole_ticks(distinct[0], distinct[-1], most))
     return thin(distinct, most)
+
+
+def whole_numbers(values: Sequence[float]) -> bool:
+    """Whether no value is broken, as numbers of layers are and shares of them are not."""
+    return all(float(value).is_integer() for value in values)
+
+
+def round_ticks(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from low to high, at most `most + 1` of them.
+
+    Example:
+        >>> round_ticks(0.0, 1.0, 5)
+        [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    """
+    if not low < high:
+        return [low]
+    least = (high - low) / max(most, 1)
+    power = math.floor(math.log10(least))
+    steps = ((digit, power + more) for more in (0, 1) for digit in (1, 2, 5))
+    digit, power = next((d, p) for d, p in (*steps, (1, power + 2)) if d * 10.0**p >= least * (1 - 1e-9))
+    first, last = (low / (digit * 10.0**power), high / (digit * 10.0**power))
+    return [
+        round(count * digit * 10.0**power, max(0, -power))
+        for count in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
+    ]
 
 
 def thin(values: Sequence[float], most: int) -> list[float]:

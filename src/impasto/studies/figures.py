@@ -19,7 +19,7 @@ from impasto.studies.table import middle_of_tasks
 LAYERS, MIDDLE, ORDER, WHY = "Single layers", "The middle changed", "Order", "States and caches"
 
 _BAND = "Bands are 95 % intervals of a paired bootstrap over examples."
-_RULES = ({"value": 0.0, "name": "guessing"}, {"value": 1.0, "name": "full model"})
+RULES = ({"value": 0.0, "name": "guessing"}, {"value": 1.0, "name": "full model"})
 
 
 def figures(reading: Reading) -> tuple[Figure, ...]:
@@ -39,7 +39,7 @@ def scores(reading: Reading) -> Figure:
         value, interval = evidence.metric(evidence.full, task), statistics.interval(found)
         # A perplexity is no mean of its examples' scores, so their interval is not its own.
         rows.append(
-            {"label": task.title, "series": "full model", **_bar(interval)}
+            {"label": task.title, "series": "full model", **bar(interval)}
             if value is None or abs(value - interval.value) < 1e-9
             else {"label": task.title, "series": "full model", "value": value, "low": None, "high": None}
         )
@@ -75,7 +75,7 @@ def layers(reading: Reading) -> Figure:
         found = dict(zip(known, each, strict=True))
         for cell in cells:
             series = METHODS[cell.method]
-            rows.append({"panel": task.title, "series": series, "x": cell.parameter, **_point(found.get(cell), level)})
+            rows.append({"panel": task.title, "series": series, "x": cell.parameter, **point(found.get(cell), level)})
         rules.append({"panel": task.title, "value": level, "name": "full model"})
         if task.chance is not None:
             rules.append({"panel": task.title, "value": task.chance, "name": "guessing"})
@@ -119,7 +119,7 @@ def summary(reading: Reading) -> Figure:
         f"middle layers. {_BAND} Random order is the mean over its seeds, which are "
         f"resampled too. Tasks: {_titles(reading)}. {_examples(reading, reading.tasks)}"
     )
-    options = {"rules": _RULES, "series": _series(reading), "section": MIDDLE}
+    options = {"rules": RULES, "series": _series(reading), "section": MIDDLE}
     return Figure("summary", "All methods together", caption, "summary_curves", tuple(rows), options)
 
 
@@ -134,14 +134,14 @@ def methods(reading: Reading) -> Figure:
         found = dict(zip(cells, each, strict=True))
         for cell in reading.cells(*PAPER_ORDER):
             series = named(cell.method, _iterations(reading))
-            rows.append({"panel": task.title, "series": series, "x": cell.affected, **_point(found.get(cell))})
+            rows.append({"panel": task.title, "series": series, "x": cell.affected, **point(found.get(cell))})
     left_out = [task.title for task in evidence.tasks if task not in evidence.usable]
     lacking = f" Left out, since the full model is not clearly above guessing: {listed(left_out)}." if left_out else ""
     caption = (
         f"Normalised score (0 is guessing, 1 the full model) against the number of affected middle layers. {_BAND}"
         f"{lacking} {_examples(reading, evidence.usable)}"
     )
-    options = {"rules": _RULES, "series": _series(reading), "section": MIDDLE}
+    options = {"rules": RULES, "series": _series(reading), "section": MIDDLE}
     return Figure("methods", "Every method, task by task", caption, "affected_curves", tuple(rows), options)
 
 
@@ -182,7 +182,7 @@ def repeats(reading: Reading) -> Figure:
         "Median over tasks of the normalised score when the middle runs several times: as a block (8 9 10 8 9 10) or "
         f"layer by layer (8 8 9 9 10 10). {_BAND} Tasks: {_titles(reading)}. {_examples(reading, reading.tasks)}"
     )
-    options = {"rules": _RULES, "y_title": "normalised score, median over tasks", "section": MIDDLE}
+    options = {"rules": RULES, "y_title": "normalised score, median over tasks", "section": MIDDLE}
     return Figure("repeats", "The middle two and three times", caption, "affected_curves", tuple(rows), options)
 
 
@@ -196,7 +196,7 @@ def order(reading: Reading) -> Figure | None:
             columns = reading.curves.at(cells)
             kept = reading.curves.estimate(lambda t, row=place, at=columns: t[..., row, at].mean(axis=-1))  # type: ignore[misc]
             panel = kinds[task.order_sensitive]
-            rows.append({"panel": panel, "label": task.title, "series": METHODS[method], **_bar(kept)})
+            rows.append({"panel": panel, "label": task.title, "series": METHODS[method], **bar(kept)})
     undefined = [task for task in reading.evidence.tasks if task not in reading.evidence.usable]
     rows += [{"panel": kinds[task.order_sensitive], "label": task.title, "value": None} for task in undefined]
     if not found:
@@ -207,7 +207,7 @@ def order(reading: Reading) -> Figure | None:
         f"is anyway. Intervals: 95 %, paired bootstrap. {_examples(reading, reading.tasks)}"
     )
     options = {
-        "rules": _RULES,
+        "rules": RULES,
         "series": _series(reading),
         "panel_order": list(kinds.values()),
         "section": ORDER,
@@ -241,7 +241,7 @@ def seeds(reading: Reading) -> Figure | None:
         f"Tasks: {_titles(reading)}. {_examples(reading, tasks)}"
     )
     options = {
-        "rules": _RULES,
+        "rules": RULES,
         "x_title": "affected layers M",
         "y_title": "normalised score, median over tasks",
         "series": [*_series(reading), "one random order"],
@@ -299,8 +299,8 @@ def kv(reading: Reading) -> Figure:
         for panel, both in pairs.items():
             for series, values in zip(("exact cache", "averaged cache"), both, strict=True):
                 if values:
-                    bar = _bar(interval_of_rows([values]))
-                    rows.append({"panel": panel, "label": cache_label(row), "series": series, **bar})
+                    found = bar(interval_of_rows([values]))
+                    rows.append({"panel": panel, "label": cache_label(row), "series": series, **found})
     prompts = max((len(row.exact) for row in reading.evidence.kv), default=0)
     tasks = dict.fromkeys(row.task for row in reading.evidence.kv)
     caption = (
@@ -342,10 +342,10 @@ def _curve(reading: Reading, cells: Sequence[Cell], series: Callable[[Cell], str
     found = dict(zip(table.cells, table.estimates(middle_of_tasks), strict=True)) if table.cells else {}
     if not found:
         return []
-    return [{"series": series(cell), "x": cell.affected, **_point(found.get(cell))} for cell in cells]
+    return [{"series": series(cell), "x": cell.affected, **point(found.get(cell))} for cell in cells]
 
 
-def _point(estimate: Estimate | None, above: float = 0.0) -> Row:
+def point(estimate: Estimate | None, above: float = 0.0) -> Row:
     """A point with its interval, moved up by a level; without an estimate a gap."""
     if estimate is None:
         return {"y": None, "low": None, "high": None}
@@ -353,7 +353,8 @@ def _point(estimate: Estimate | None, above: float = 0.0) -> Row:
     return {name: None if end is None else end + above for name, end in ends.items()}
 
 
-def _bar(estimate: Estimate) -> Row:
+def bar(estimate: Estimate) -> Row:
+    """An estimate as a row of a drawing of bars."""
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from impasto.schedule import Schedule
 from impasto.store import Store
 from impasto.studies import painters
 from impasto.studies.evidence import Cached, Evidence, Task
-from impasto.studies.protocol import Protocol, protocol, variants
+from impasto.studies.protocol import Heat, Protocol, protocol, variants
 
 KIND = "painters study"
 
@@ -32,6 +32,8 @@ class Asked:
         seeds: number of random orders instead of the protocol's own.
         tasks: (task name, protocol fingerprint) in the order of the figures.
         source: where the weights came from, in words.
+        definition: the protocol as it was when the study was begun; None takes the one that has the name today, which
+            may ask for other recipes than were run.
     """
 
     depth: int
@@ -40,10 +42,11 @@ class Asked:
     seeds: int | None
     tasks: tuple[tuple[str, str], ...]
     source: str
+    definition: Protocol | None = None
 
     def chosen(self) -> Protocol:
         """The protocol with the changes that were asked for."""
-        kept = protocol(self.protocol)
+        kept = self.definition or protocol(self.protocol)
         return kept if self.seeds is None else replace(kept, seeds=self.seeds)
 
     def write(self, store: Store, setting: Setting) -> None:
@@ -55,6 +58,7 @@ class Asked:
             "seeds": self.seeds,
             "tasks": [list(task) for task in self.tasks],
             "source": self.source,
+            "definition": asdict(self.definition or protocol(self.protocol)),
         }
         store.put_measurement(setting, self._recipe(), KIND, "asked", value)
 
@@ -72,7 +76,23 @@ class Asked:
             seeds=value["seeds"],
             tasks=tuple((name, fingerprint) for name, fingerprint in value["tasks"]),
             source=value["source"],
+            definition=_definition(value.get("definition")),
         )
+
+
+def _definition(value: Mapping[str, Any] | None) -> Protocol | None:
+    """A protocol from JSON; None where it has parts that this version does not know, or lacks some."""
+    if value is None:
+        return None
+    try:
+        heat = Heat(**{name: _tupled(part) for name, part in value["heat"].items()})
+        return Protocol(**{**{name: _tupled(part) for name, part in value.items()}, "heat": heat})
+    except (TypeError, KeyError):
+        return None
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def page_of(folder: str | Path) -> Page:
@@ -82,11 +102,20 @@ def page_of(folder: str | Path) -> Page:
         StoreError: the folder holds no painters study.
     """
     with Store(folder, readonly=True) as store:
-        for setting in reversed(store.settings()):
-            found = [m for m in store.measurements(setting, KIND) if m.key == "asked"]
-            if found:
-                return painters.page(evidence(store, setting, Asked.read(found[-1].value)))
-    raise StoreError(f"{folder} holds results, but not of a study that was begun with `impasto study painters`")
+        return painters.page(study_of(store))
+
+
+def study_of(store: Store) -> Evidence:
+    """What the last painters study of a run folder measured so far.
+
+    Raises:
+        StoreError: the folder holds no painters study.
+    """
+    for setting in reversed(store.settings()):
+        found = [m for m in store.measurements(setting, KIND) if m.key == "asked"]
+        if found:
+            return evidence(store, setting, Asked.read(found[-1].value))
+    raise StoreError(f"{store.folder} holds results, but not of a study that was begun with `impasto study painters`")
 
 
 def evidence(store: Store, setting: Setting, asked: Asked) -> Evidence:

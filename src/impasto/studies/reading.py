@@ -117,7 +117,7 @@ def mean_over(columns: Sequence[int]) -> Statistic:
     """The median over tasks, averaged over some columns."""
 
     def statistic(table: Floats) -> Floats:
-        kept: Floats = middle_of_tasks(table)[..., list(columns)].mean(axis=-1)
+        kept: Floats = middle_of_tasks(table[..., list(columns)]).mean(axis=-1)
         return kept
 
     return statistic

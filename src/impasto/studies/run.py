@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from impasto.studies.kept import Asked, evidence, page_of
 from impasto.studies.protocol import Protocol, Variant, cache_schedules, protocol, state_schedules, variants
 
 if TYPE_CHECKING:
+    from impasto.evaluate import Place
     from impasto.models import LoadedModel
+    from impasto.scoring import Scorer
     from impasto.tasks import TaskSet
 
 Progress = Callable[[str, float], None]
@@ -56,7 +59,7 @@ class StudyPlan:
 
 @dataclass(frozen=True)
 class _Study:
-    """One study, prepared."""
+    """One study, prepared; its scorer is made once, and only if something is to be measured."""
 
     loaded: LoadedModel
     setting: Setting
@@ -64,6 +67,7 @@ class _Study:
     protocol: Protocol
     tasks: Sequence[TaskSet]
     recipes: Sequence[Recipe]
+    scorer: Callable[[], Scorer]
 
 
 def run_painters(
@@ -77,6 +81,7 @@ def run_painters(
     methods: Sequence[str] | None = None,
     include: Sequence[Path | str] = (),
     batch_tokens: int | None = None,
+    where: Place | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> Page:
@@ -99,16 +104,29 @@ def run_painters(
         methods: names of methods instead of the protocol's own.
         include: folders with the user's own task files.
         batch_tokens: tokens per batch; None starts from what suits the device.
+        where: who scores the recipes; None this process, `impasto.cluster.Cluster` the workers of a cluster. Hidden
+            states and caches, which are little work, are compared here.
         progress: told the phase and the share of it that is done.
         note: told in a sentence what the user should know.
 
     Raises:
         UsageError: unknown protocol, methods or tasks.
+        ImpastoError: something could not be measured; all else is kept, and `page_of` makes a page of it.
     """
     from impasto.evaluate import evaluate
 
-    study = _prepare(loaded, store, protocol, task_names, limit, seeds, methods, include, progress, note)
-    evaluate(loaded, study.recipes, study.tasks, store, batch_tokens=batch_tokens, progress=progress, note=note)
+    study = _prepare(loaded, store, protocol, task_names, limit, seeds, methods, include, batch_tokens, progress, note)
+    evaluate(
+        loaded,
+        study.recipes,
+        study.tasks,
+        store,
+        batch_tokens=batch_tokens,
+        scorer=study.scorer,
+        where=where,
+        progress=progress,
+        note=note,
+    )
     _compare_states(study, store, progress)
     _compare_caches(study, store, progress, note)
     return painters.page(evidence(store, study.setting, study.asked))
@@ -131,12 +149,10 @@ def dry_run_painters(
     """What `run_painters` would take with the same arguments; nothing is scored and nothing kept."""
     from impasto.evaluate import plan
     from impasto.pace import pace
-    from impasto.scoring import Scorer
 
-    study = _prepare(loaded, None, protocol, task_names, limit, seeds, methods, include, progress, note)
-    scorer = Scorer(loaded.model, loaded.tokenizer, budget=batch_tokens)
-    work = plan(loaded, study.recipes, study.tasks, store, batch_tokens=batch_tokens)
-    speed = pace(scorer)
+    study = _prepare(loaded, None, protocol, task_names, limit, seeds, methods, include, batch_tokens, progress, note)
+    work = plan(loaded, study.recipes, study.tasks, store, scorer=study.scorer)
+    speed = pace(study.scorer())
     return StudyPlan(
         recipes=work.recipes,
         layer_calls=work.layer_calls,
@@ -145,7 +161,7 @@ def dry_run_painters(
         shared_tokens=work.shared_tokens,
         seconds=speed.seconds(work),
         naive_seconds=speed.naive_seconds(work),
-        bytes=speed.bytes(work, scorer.budget or 0),
+        bytes=speed.bytes(work, study.scorer().budget or 0),
         rows=tuple((task.name, task.n) for task in study.tasks),
     )
 
@@ -159,10 +175,11 @@ def _prepare(
     seeds: int | None,
     methods: Sequence[str] | None,
     include: Sequence[Path | str],
+    batch_tokens: int | None,
     progress: Progress | None,
     note: Note | None,
 ) -> _Study:
-    from impasto.evaluate import setting_of
+    from impasto.evaluate import scorer_of, setting_of
 
     chosen = protocol(name)
     names = tuple(task_names or chosen.tasks)
@@ -179,7 +196,9 @@ def _prepare(
     found = variants(loaded.layers, asked.chosen(), methods=methods, seeds=seeds)
     if store is not None:
         asked.write(store, setting)
-    return _Study(loaded, setting, asked, chosen, tasks, [Recipe(loaded.name, v.schedule) for v in found])
+    recipes = [Recipe(loaded.name, v.schedule) for v in found]
+    scorer = functools.cache(lambda: scorer_of(loaded, batch_tokens, note=note))
+    return _Study(loaded, setting, asked, chosen, tasks, recipes, scorer)
 
 
 def _tasks(
@@ -210,7 +229,6 @@ def _tasks(
 
 def _compare_states(study: _Study, store: Store, progress: Progress | None) -> None:
     """Similarity along the full model, and along skip and middle repeat at one width (E3, E15)."""
-    from impasto.evaluate import scorer_of
     from impasto.similarity import MEASURES, groups, padded, similarity
 
     schedules = state_schedules(study.asked.depth)
@@ -221,7 +239,7 @@ def _compare_states(study: _Study, store: Store, progress: Progress | None) -> N
     }
     if not missing:
         return
-    encoder = scorer_of(study.loaded).encoder
+    encoder = study.scorer().encoder
     texts = [encoder.encode(text)[: encoder.window] for text in _texts(study)]
     batches = padded(texts, pad=study.loaded.tokenizer.pad_token_id or 0)
     batches = [{k: v.to(study.loaded.device) for k, v in batch.items()} for batch in batches]
@@ -292,11 +310,10 @@ def _prompts(study: _Study) -> list[tuple[str, str, str]]:
 
 
 def _cached(study: _Study, variant: Variant, prompts: Sequence[tuple[str, str, str]]) -> Cached:
-    from impasto.evaluate import scorer_of
     from impasto.generation import generate
 
     schedule, use = variant.schedule, variant.uses[0]
-    encoder = scorer_of(study.loaded).encoder
+    encoder = study.scorer().encoder
     contexts = [encoder.encode(asked) for _, asked, _ in prompts]
     written: dict[str, list[Any]] = {
         kv: generate(

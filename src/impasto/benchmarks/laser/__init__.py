@@ -1,0 +1,1 @@
+"""The eight benchmarks of the LASER paper (arXiv 2312.13558) as tasks of the harness."""

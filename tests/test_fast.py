@@ -1,0 +1,267 @@
+"""Laws of compiled decoding: the same tokens as the plain runtime, on every family, schedule, batch and bucket."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from tests import families
+from transformers.cache_utils import DynamicCache
+
+from impasto.errors import NotationError, UnsupportedModel, UsageError
+from impasto.fast import fast
+from impasto.runtime import scheduled
+from impasto.surgery import edited
+
+MIXED = "0 2 1 {2:5}x2 3x2 5"
+REFUSED = {"lfm2": "keep more than keys and values", "gpt_neo": "gives other logits than the plain runtime"}
+KINDS = {  # families whose layers differ in kind; all others stand in the slow law
+    "llama",  # rotary positions, shared keys, gated MLP
+    "gemma3_text",  # sliding and full attention in turn, norms behind the halves
+    "gpt2",  # learnt positions
+    "bloom",  # biases on scores instead of positions
+    "mixtral",  # experts
+    *REFUSED,
+}
+UNRECORDED = {"xglm", "mpt"}  # their code looks at the position's value, so that no recording can serve all steps
+
+
+def plain(model: Any, schedule: str, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens of the plain runtime, with a growing cache and no padding."""
+    cache, ids, found = DynamicCache(config=model.config.get_text_config()), torch.tensor([prompt]), []
+    with torch.no_grad(), scheduled(model, schedule):
+        for _ in range(count):
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            found.append(int(logits.max(-1).indices))
+            ids = torch.tensor([[found[-1]]])
+    return found
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = random.Random(3)
+    return [[generator.randrange(3, families.VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def slow_unless(quick: set[str], names: Iterable[str]) -> list[Any]:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("family", slow_unless(KINDS, families.DECODERS))
+def test_tokens_equal_the_plain_runtimes_beyond_the_sliding_window(family: str) -> None:
+    model, (prompt,) = families.shared(family), prompts(13)
+    if family in REFUSED:
+        with pytest.raises(UnsupportedModel, match=REFUSED[family]), fast(model, MIXED, context=40):
+            pass
+        return
+    with fast(model, MIXED, context=40, buckets=[16, 24]) as decoder:
+        (made,) = decoder.generate([prompt], 14, ends=())
+    assert list(made) == plain(model, MIXED, prompt, 14)
+    assert decoder.report.error < 1e-4
+
+
+PADDED = ["llama", "gemma3_text", "mistral", "qwen2", "gpt2", "bloom", "opt", "llama4_text"]
+
+
+@pytest.mark.parametrize("family", slow_unless({"gemma3_text", "bloom"}, PADDED))
+def test_rows_of_a_padded_batch_equal_rows_alone(family: str) -> None:
+    model, rows = families.shared(family), prompts(5, 13, 9, 11)
+    with fast(model, MIXED, batch=3, context=40, buckets=[16], prompt_sizes=[16]) as decoder:
+        made = decoder.generate(rows, 8, ends=())
+    assert [list(row) for row in made] == [plain(model, MIXED, row, 8) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "0:6",
+        "5 0",
+        "{0:6}",
+        "sum{1:5}",
+        "0 {1 2, 3 4}x2 5",
+        "0 {1 {2:4}, 4} 5",
+        "0.attn 1.mlp (2:4).mlp 5",
+        "(1:3).mlp",
+    ],
+)
+def test_every_kind_of_schedule(schedule: str) -> None:
+    model, (prompt,) = families.shared("llama"), prompts(9)
+    with fast(model, schedule, context=24) as decoder:
+        (made,) = decoder.generate([prompt], 8, ends=())
+    assert list(made) == plain(model, schedule, prompt, 8)
+
+
+@pytest.mark.parametrize(("family", "batch"), [("llama", 2), pytest.param("mixtral", 1, marks=pytest.mark.slow)])
+def test_traced_regions_compute_the_same_and_are_shared_by_equal_layers(family: str, batch: int) -> None:
+    model, rows = families.shared(family), prompts(*[13, 9][:batch])
+    with fast(model, MIXED, batch=batch, context=24, compile="traced", branches="streams") as decoder:
+        made = decoder.generate(rows, 8, ends=())
+    assert [list(row) for row in made] == [plain(model, MIXED, row, 8) for row in rows]
+    assert decoder.report.regions == 2 + 12
+    assert decoder.report.kernels == 3  # embedding, layer, head
+
+
+STACKED = "0 {1.attn 2, 3.attn 4} sum{1.mlp, 2.mlp} {3 {1:3}, 4} 5"
+
+
+@pytest.mark.parametrize(
+    ("family", "batch", "schedule"),
+    [
+        ("llama", 1, STACKED),
+        pytest.param("llama", 2, STACKED, marks=pytest.mark.slow),
+        ("gemma3_text", 1, MIXED),
+        pytest.param("gemma3_text", 1, STACKED, marks=pytest.mark.slow),
+        pytest.param("mixtral", 1, MIXED, marks=pytest.mark.slow),
+    ],
+)
+def test_stacked_branches_compute_the_same_on_weights_that_return(family: str, batch: int, schedule: str) -> None:
+    model, rows = families.build(family), prompts(*[13, 9][:batch])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with fast(model, schedule, batch=batch, context=24, compile="traced") as decoder:
+        made = decoder.generate(rows, 6, ends=())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+    assert [list(row) for row in made] == [plain(model, schedule, row, 6) for row in rows]
+    if schedule == MIXED:
+        assert decoder.report.regions == 2 + 6 + 2
+        assert decoder.report.kernels == 4
+
+
+def test_traced_regions_of_halves_and_thin_products() -> None:
+    model, (prompt,) = families.build("llama"), prompts(9)
+    schedule, edits = "0 1.attn {2 3.mlp, 4} 5", ["1:5.mlp.*@r8"]
+    with edited(model, edits, form="factored"):
+        expected = plain(model, schedule, prompt, 8)
+    with fast(model, schedule, edits, context=24, compile="traced") as decoder:
+        (made,) = decoder.generate([prompt], 8, ends=())
+    assert list(made) == expected
+
+
+def test_branches_that_cannot_be_stacked_run_apart_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("no such rule")
+
+    monkeypatch.setattr("impasto.pieces.stack", broken)
+    model, (prompt,) = families.shared("llama"), prompts(9)
+    with fast(model, "0 {1:3}", context=16, compile="traced") as decoder:
+        (made,) = decoder.generate([prompt], 4, ends=())
+    assert list(made) == plain(model, "0 {1:3}", prompt, 4)
+    assert decoder.report.notes == ("stacked branches do not run (no such rule): one stream each",)
+
+
+@pytest.mark.slow
+def test_compiled_regions_compute_the_same() -> None:
+    model, (prompt,) = families.shared("llama"), prompts(9)
+    with fast(model, MIXED, context=24, compile="inductor") as decoder:
+        (made,) = decoder.generate([prompt], 8, ends=())
+    assert list(made) == plain(model, MIXED, prompt, 8)
+
+
+@pytest.mark.parametrize("family", sorted(UNRECORDED))
+def test_models_that_look_at_values_are_not_recorded(family: str) -> None:
+    message = "does not run as one recorded step"
+    with pytest.raises(UnsupportedModel, match=message), fast(families.shared(family), context=24, compile="traced"):
+        pass
+
+
+def test_a_row_ends_with_its_end_token_and_others_go_on() -> None:
+    model, rows = families.shared("llama"), prompts(6, 7)
+    with fast(model, batch=2, context=40) as decoder:
+        free = decoder.generate(rows, 20, ends=())
+        end = free[0][3]
+        made = decoder.generate(rows, 20, ends=[end])
+    for row, whole in zip(made, free, strict=True):
+        stop = whole.index(end) + 1 if end in whole else 20
+        assert row == whole[:stop]
+    assert len(made[0]) <= 4
+
+
+def test_the_models_own_end_tokens_end_a_row() -> None:
+    model, (prompt,) = families.build("llama"), prompts(6)
+    with fast(model, context=40) as decoder:
+        (free,) = decoder.generate([prompt], 20, ends=())
+        model.generation_config.eos_token_id = [free[2]]
+        (made,) = decoder.generate([prompt], 20)
+    assert made == free[: free.index(free[2]) + 1]
+
+
+def test_a_row_ends_where_logits_are_not_finite() -> None:
+    model, (prompt,) = families.build("llama"), prompts(6)
+    with fast(model, context=40) as decoder:
+        with torch.no_grad():
+            model.lm_head.weight.fill_(torch.nan)
+        assert decoder.generate([prompt], 5, ends=()) == [()]
+
+
+def test_the_whole_context_can_be_used_and_no_more() -> None:
+    model, (prompt,) = families.shared("llama"), prompts(10)
+    expected = plain(model, "0:6", prompt, 7)
+    with fast(model, context=16) as decoder:
+        (made,) = decoder.generate([prompt], 7, ends=())
+        assert list(made) == expected
+        with pytest.raises(UsageError) as error:
+            decoder.generate([prompt], 8)
+        assert str(error.value) == (
+            "a prompt of 10 tokens and 8 new ones do not fit into a context of 16: make the decoder with a larger one"
+        )
+        with pytest.raises(UsageError, match="the context of 16 is full"):
+            decoder.step()
+        with pytest.raises(UsageError, match="a prompt of 17 tokens is longer than the context of 16"):
+            decoder.prefill(prompts(17))
+        with pytest.raises(UsageError, match="at least one token must be generated, not 0"):
+            decoder.generate([prompt], 0)
+        with pytest.raises(UsageError, match="reads 1 to 1 prompts at a time, each of at least one token"):
+            decoder.prefill([[]])
+
+
+def test_steps_by_hand_are_those_of_generate() -> None:
+    model, (prompt,) = families.shared("llama"), prompts(10)
+    with fast(model, context=24) as decoder:
+        (made,) = decoder.generate([prompt], 5, ends=())
+        tokens = [int(decoder.prefill([prompt])[0])]
+        tokens += [int(decoder.step()[0]) for _ in range(4)]
+        assert decoder.new_tokens() == [tokens]
+    assert tokens == list(made)
+
+
+def test_the_model_is_as_before() -> None:
+    model = families.build("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    classes = [type(layer) for layer in model.model.layers]
+    with pytest.raises(ZeroDivisionError), fast(model, "0 {1:3}", ["1.mlp.*@r4"], context=24, compile="traced"):
+        raise ZeroDivisionError
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert classes == [type(layer) for layer in model.model.layers]
+    assert not any("_impasto_tap" in layer.__dict__ for layer in model.model.layers)
+
+
+def test_the_report_tells_what_it_took() -> None:
+    with fast(families.shared("llama"), "0 1.mlp {2:4}", batch=2, context=24, compile="traced") as decoder:
+        report = decoder.report
+    assert (report.schedule, report.batch, report.context, report.slots) == ("0 1.mlp {2 3}", 2, 24, 3)
+    assert (
+        report.slot_bytes == 3 * 2 * 2 * 2 * 24 * 16 * 4
+    )  # slots, keys and values, rows, heads, columns, width, float32
+    assert set(report.seconds) == {"check", "trace", "compile", "record"}
+    assert report.streams == 0
+    assert 0 <= report.error < 1e-4
+
+
+def test_refusals() -> None:
+    model = families.shared("llama")
+    with (
+        pytest.raises(UsageError, match="at least one row and two columns, not 0 and 24"),
+        fast(model, batch=0, context=24),
+    ):
+        pass
+    with pytest.raises(UsageError, match="recorded on CUDA devices only, and this model is on cpu: capture=False"):
+        with fast(model, capture=True):
+            pass
+    with pytest.raises(NotationError), fast(model, "0:9"):
+        pass
+    with pytest.raises(UnsupportedModel, match="does not write text"), fast(families.shared("bert")):
+        pass
+    with scheduled(model, "0"), pytest.raises(UsageError, match="already runs under a schedule"), fast(model):
+        pass
