@@ -28,3 +28,9 @@ def test_the_readme_example(monkeypatch, capsys):
     monkeypatch.setattr(im, "load", lambda name: loaded, raising=False)
     exec(program, {})
     assert capsys.readouterr().out
+
+
+def test_fast_execution(capsys):
+    (program,) = blocks("docs/fast.md")
+    exec(program, {"model": tiny_model()})
+    assert "slots" in capsys.readouterr().out

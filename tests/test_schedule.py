@@ -75,6 +75,7 @@ BAD = {  # text: (problem, suggestion)
     "0..15": ("0..15 is not a slice", "0:16"),
     "0..15,11..31": ("0..15 is not a slice", "0:16 11:32"),
     "8-12": ("8-12 is not a slice", "8:13"),
+    "8 - 12": ("8 - 12 is not a slice", "8:13"),
     "15..12": ("15..12 is not a slice", "16:12"),
     ",".join(map(str, range(40))): (
         "a comma separates the branches of a group only",

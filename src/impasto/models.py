@@ -490,10 +490,15 @@ def _module_hash(model: Any) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' and the hub client's progress bars, log lines and warnings, and restore them."""
+    from logging import getLogger
+
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    hub = getLogger("huggingface_hub")  # it tells of every try to reach the hub
+    hub_level = hub.level
+    hub.setLevel(logging.CRITICAL)
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -503,6 +508,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
             logging.enable_progress_bar()
         if hub_bars:

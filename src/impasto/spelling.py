@@ -17,7 +17,8 @@ LAYER_RULE = "layers count from 0; negative numbers count from the end, so -1 is
 DEPTH_RULE = "negative numbers and open slices count from the model's depth, which is not known here"
 
 _NUMBER = re.compile(r"-?[0-9]+")
-_INCLUSIVE = re.compile(r"([0-9]{1,6})\s*(?:\.\.\.?|-|–|—|…)\s*([0-9]{1,6})")
+# In "8 -1" the hyphen is a sign: a range has a space on both sides of it, or none before it.
+_INCLUSIVE = re.compile(r"([0-9]{1,6})(?:\s*(?:\.\.\.?|–|—|…)\s*|-\s*|\s+-\s+)([0-9]{1,6})")
 _GAP = re.compile(r"\s+(?=[0-9-])")
 _STEPPED = re.compile(r":(-?[0-9]{1,6})")
 _ROUNDS = 24
