@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests import families
 from transformers.cache_utils import DynamicCache
 
+import families
 from impasto.errors import NotationError, UnsupportedModel, UsageError
 from impasto.fast import fast
 from impasto.runtime import scheduled
