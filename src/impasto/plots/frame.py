@@ -206,13 +206,19 @@ def x_ticks(values: Sequence[float], most: int) -> list[float]:
         [1, 5, 9, 13, 17]
         >>> x_ticks([5.6, 16.7, 27.8, 94.4], 5)
         [20.0, 40.0, 60.0, 80.0]
+        >>> x_ticks([1, 3, 10, 30, 100, 300, 1000], 10)
+        [1, 100, 300, 1000]
     """
     distinct = sorted(set(values))
     if not whole_numbers(distinct):
         return round_ticks(distinct[0], distinct[-1], most)
     if len(distinct) > 1 and distinct == [distinct[0] + place for place in range(len(distinct))]:
         return list(whole_ticks(distinct[0], distinct[-1], most))
-    return thin(distinct, most)
+    chosen: list[float] = []
+    for value in thin(distinct, most):
+        if not chosen or value - chosen[-1] >= (distinct[-1] - distinct[0]) / (2 * most):
+            chosen.append(value)
+    return chosen
 
 
 def whole_numbers(values: Sequence[float]) -> bool:
