@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
+from impasto import memory
 from impasto.anatomy import Anatomy, anatomy, input_device, quietly, text_config
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
 from impasto.result import Request, Response
@@ -365,14 +366,10 @@ def _tried(work: Callable[[], list[Generated]]) -> list[Generated] | None:
     """What `work` returns, or None where memory ran out; then everything it held is free again."""
     try:
         return work()
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:  # what other devices, and the CPU's allocator, raise
-        text = str(error).lower()
-        if "out of memory" not in text and "can't allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
             raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    memory.free()
     return None
 
 

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from impasto import memory
 from impasto.anatomy import anatomy, input_device, quietly
 from impasto.edit import Edit
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
@@ -230,10 +231,11 @@ class MaskedScorer:
             try:
                 finished = self._answer(tree, rows, sheet)
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not memory.ran_out(error):
                     raise
                 finished = None
             if finished is None:
+                memory.free()
                 if len(rows) == 1:
                     raise OutOfMemory(
                         f"one sequence of {len(rows[0])} tokens does not fit into the memory of {self.device}: "
@@ -433,11 +435,6 @@ def _inputs(rows: Sequence[tuple[int, ...]], arguments: frozenset[str], device: 
     if "use_cache" in arguments:
         inputs["use_cache"] = False
     return inputs
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _packed(rows: Sequence[tuple[int, ...]], budget: int) -> list[list[tuple[int, ...]]]:

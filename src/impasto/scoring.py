@@ -13,8 +13,6 @@ log-likelihood moves by less than 1e-4.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from impasto import memory
 from impasto.anatomy import anatomy, input_device, quietly
 from impasto.edit import Edit
 from impasto.encoding import Encoder, Piece
@@ -131,7 +130,7 @@ class Scorer:
             )
         self.device = input_device(self.model)
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            memory.keep_freed()
         if self.budget is None:
             self.budget = BUDGET.get(self.device.type, BUDGET["cuda"])
         self.encoder = Encoder(self.model, self.tokenizer, self.window)
@@ -214,10 +213,10 @@ class Scorer:
             try:
                 values, greedy = self._run(roots, forest, pieces, len(recipes), calls, tell)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not memory.ran_out(error):
                     raise
                 del error
-                _free(self.device)
+                memory.free()
                 budget = min(budget, forest.padded) // 2
                 smaller = self.pack([tree for rest in queue for tree in rest], max(1, budget))
                 if lay_out(smaller[0]).padded >= forest.padded:
@@ -458,29 +457,3 @@ def _alone(recipes: Sequence[Recipe], index: int) -> Place:
         place = next(iter([*place.symbols.values(), *place.bundles.values()]))
     place.recipes = [index]
     return root
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
-
-
-def _free(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of handing them back to the system after every matrix product.
-
-    Without this every large temporary costs its page faults anew, which a vocabulary-wide product feels. Elsewhere
-    than on glibc nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
