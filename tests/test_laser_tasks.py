@@ -20,7 +20,7 @@ from impasto import statistics, tasks
 from impasto.benchmarks.laser import data, metrics, prompts
 from impasto.benchmarks.reply import Reply
 from impasto.errors import FetchError, UsageError
-from impasto.result import Request, Response
+from impasto.result import RANK, Request, Response
 from tiny import tiny_model, tiny_tokenizer
 
 NAMES = tuple(data.SOURCES)
@@ -508,7 +508,7 @@ def test_an_open_question_is_asked_for_likelihood_and_for_text(folder: Path) -> 
     (task,) = tasks.build(["laser_wikidataqa"])
     doc = data.documents("wikidataqa")["test"][0]
     assert task.requests[:2] == (
-        Request("loglikelihood", doc["prompt"], " Spain"),
+        Request("loglikelihood", doc["prompt"], " Spain", RANK),
         Request("generate", doc["prompt"], options='{"do_sample": false, "max_gen_toks": 10, "until": []}'),
     )
     (task,) = tasks.build(["laser_hotpotqa"])
@@ -561,7 +561,8 @@ def test_metrics_equal_the_harness(folder: Path) -> None:
                     options = json.dumps(arguments[1], sort_keys=True)
                     request, response = Request("generate", arguments[0], options=options), Response(text=answer)
                 else:
-                    request, response = Request("loglikelihood", *arguments), Response(*answer)
+                    options = "" if task.kind == "multiple_choice" else RANK
+                    request, response = Request("loglikelihood", *arguments, options), Response(*answer)
                 responses[request.fingerprint] = response
         result = task.result("r", responses)
         for key, value in result.metrics.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from impasto.apply import applied
 from impasto.edit import Edit
 from impasto.errors import OutOfMemory, UsageError
 from impasto.evaluate import evaluate, setting_of
+from impasto.head import TOP
 from impasto.masked import MaskedScorer, Masker
 from impasto.models import adopt
 from impasto.recipe import Recipe
-from impasto.result import Request
+from impasto.result import RANK, Request
 from impasto.scoring import Batch
 from impasto.store import Store
 from impasto.surgery import edited
@@ -116,6 +118,22 @@ def test_scores_equal_one_pass_per_mask_pattern(family: str, masking: str) -> No
     np.testing.assert_array_equal(scores.greedy[0], greedy)
     assert scores.tokens.tolist() == [len(request.continuation) for request in REQUESTS]
     assert not scores.truncated.any()
+
+
+@pytest.mark.parametrize("masking", ["together", "each"])
+def test_ranks_at_the_first_mask(masking: str) -> None:
+    model = encoder("bert")
+    asked = [replace(request, options=RANK) for request in REQUESTS] + [REQUESTS[0]]
+    scorer = MaskedScorer(model, TOKENIZER, masking=masking, budget=200)
+    scores = scorer.score([identity(model)], asked)
+    assert scores.rank is not None
+    for column, request in enumerate(asked[:-1]):
+        masked = scorer.masker.encode(request.context, request.continuation)
+        row = next(row for row, targets in masked.rows(masking, scorer.masker.mask) if 0 in targets)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row])).logits[0, len(masked.left)]
+        assert scores.rank[0, column] == min(TOP, int((logits > logits[masked.targets[0]]).sum()))
+    assert scores.rank[0, -1] == -1
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
@@ -209,7 +227,7 @@ def test_labels_of_one_length_share_their_row() -> None:
     model = usual()
     masker = Masker(model, TOKENIZER)
     asked = [masker.encode("It is", label) for label in (" aye", " nay", " perhaps")]
-    sheet = masked._Sheet(asked, "together", masker.mask, 1, "tokens")
+    sheet = masked._Sheet(asked, [False] * 3, "together", masker.mask, 1, "tokens")
     assert len(sheet.wanted) == 2
     assert sorted(len(wanted) for wanted in sheet.wanted.values()) == [8, 8]
 

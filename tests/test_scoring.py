@@ -7,13 +7,17 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import impasto.head as scoring_head
 import impasto.scoring as scoring
 from families import DECODERS, DEPTH, build
 from impasto import moves
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
+from impasto.head import TOP
 from impasto.recipe import Recipe
-from impasto.result import Request
+from impasto.result import RANK, Request
 from impasto.runtime import scheduled
 from impasto.scoring import Scorer, Sharing
 from tiny import tiny_model, tiny_tokenizer
@@ -232,3 +236,39 @@ def test_what_cannot_be_scored_is_said():
         scorer.score(recipes("0:4", layers=4), [Request("generate", "a")])
     with pytest.raises(UsageError, match="without a way to apply them"):
         scorer.score([Recipe.of("any", "0:4", ["1.mlp.down_proj@0.5"], layers=4)], questions())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_ranks_where_they_are_asked_for(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scoring_head.SLICE, "cpu", 1)  # the least slice: several of them
+    monkeypatch.setattr(scoring_head, "CHUNK", 4)
+    model = tiny_model(family)
+    scorer = Scorer(model, tiny_tokenizer(), budget=64)
+    contexts = ["abc de", *(f"{c} long" for c in "fghijklm")]
+    asked = [Request("loglikelihood", context, chr(33 + 2 * i), RANK) for context in contexts for i in range(30)]
+    asked += [Request("loglikelihood", context, " xy", RANK) for context in contexts]
+    asked += [Request("loglikelihood", "abc de", "z"), Request("rolling", "", "a text")]
+    chosen = recipes("0:4", "0:3", layers=4)
+    scores = scorer.score(chosen, asked)
+    assert scores.rank is not None
+    for row, recipe in enumerate(chosen):
+        for column, request in enumerate(asked):
+            if not request.wants_rank:
+                assert scores.rank[row, column] == -1
+                continue
+            (piece,) = scorer.encoder.pieces([request])
+            with torch.no_grad(), scheduled(model, recipe.schedule):
+                logits = model(torch.tensor([piece.tokens])).logits[0, -len(piece.targets)]
+            assert scores.rank[row, column] == min(TOP, int((logits > logits[piece.targets[0]]).sum()))
+    assert len(set(scores.rank[0].tolist())) > 5
+    single = [i for i, request in enumerate(asked) if len(request.continuation) == 1 and request.wants_rank]
+    np.testing.assert_array_equal(scores.rank[:, single] == 0, scores.greedy[:, single])
+
+
+@given(st.integers(1, 5), st.integers(1, 400), st.integers(0, 2**31), st.booleans())
+def test_the_largest_of_many(rows: int, words: int, seed: int, ties: bool) -> None:
+    logits = torch.randn(rows, words, generator=torch.Generator().manual_seed(seed))
+    logits = logits.round() if ties else logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring_head, "CHUNK", 4)
+        assert torch.equal(scoring_head._largest(logits), logits.topk(min(TOP, words)).values)

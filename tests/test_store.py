@@ -389,8 +389,38 @@ def test_a_newer_format(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / FILENAME)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StoreError, match=r"was written by a newer impasto \(format 99; this one reads up to 1\)"):
+    with pytest.raises(StoreError, match=r"was written by a newer impasto \(format 99; this one reads up to 2\)"):
         Store(tmp_path)
+
+
+def of_format_1(folder: Path) -> None:
+    """A run folder as the first format had it, with one answer."""
+    with Store(folder) as store:
+        store.put_batch(SETTING, RECIPES[:1], REQUESTS[:1], loglikelihood=-3.0)
+    connection = sqlite3.connect(folder / FILENAME)
+    connection.execute("ALTER TABLE responses DROP COLUMN rank")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+
+
+@pytest.mark.parametrize("readonly", [True, False])
+def test_an_older_format_is_read(tmp_path: Path, readonly: bool) -> None:
+    of_format_1(tmp_path)
+    before = (tmp_path / FILENAME).read_bytes()
+    with Store(tmp_path, readonly=readonly) as store:
+        (answer,) = store.responses(SETTING, RECIPES[0], REQUESTS[:1]).values()
+    assert answer == Response(-3.0)
+    assert ((tmp_path / FILENAME).read_bytes() == before) == readonly
+
+
+def test_an_older_format_is_written_to(tmp_path: Path) -> None:
+    of_format_1(tmp_path)
+    with Store(tmp_path) as store:
+        store.put_batch(SETTING, RECIPES[:1], REQUESTS[1:3], loglikelihood=-1.0, rank=[-1, 4])
+    with Store(tmp_path, readonly=True) as store:
+        found = store.responses(SETTING, RECIPES[0], REQUESTS[:3])
+    assert [found[request.fingerprint].rank for request in REQUESTS[:3]] == [None, None, 4]
 
 
 def test_another_programs_file(tmp_path: Path) -> None:

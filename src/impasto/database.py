@@ -11,7 +11,7 @@ from pathlib import Path
 from impasto.errors import StoreError
 
 APPLICATION_ID = 0x696D7061  # "impa", in the file's header: tells our files from other SQLite files
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 60.0  # how long a writer waits for another one; a transaction takes well under a second
 
 SCHEMA = (
@@ -26,7 +26,7 @@ SCHEMA = (
     """CREATE TABLE responses (
         setting INTEGER NOT NULL REFERENCES settings, recipe INTEGER NOT NULL REFERENCES recipes,
         request INTEGER NOT NULL REFERENCES requests, loglikelihood REAL, is_greedy INTEGER NOT NULL,
-        tokens INTEGER NOT NULL, truncated INTEGER NOT NULL, text TEXT,
+        tokens INTEGER NOT NULL, truncated INTEGER NOT NULL, text TEXT, rank INTEGER,
         PRIMARY KEY (setting, recipe, request)) STRICT, WITHOUT ROWID""",
     """CREATE TABLE results (
         id INTEGER PRIMARY KEY, setting INTEGER NOT NULL REFERENCES settings,
@@ -48,6 +48,10 @@ SCHEMA = (
         name TEXT NOT NULL, protocol TEXT NOT NULL, info TEXT NOT NULL,
         PRIMARY KEY (name, protocol)) STRICT, WITHOUT ROWID""",
 )
+
+# What makes the next format of an older one, and what makes an older one that may not be changed read like the next.
+CHANGES = {1: ("ALTER TABLE responses ADD COLUMN rank INTEGER",)}
+VIEWS = {1: ("CREATE TEMP VIEW responses AS SELECT *, NULL AS rank FROM main.responses",)}
 
 
 class Database:
@@ -124,19 +128,26 @@ class Database:
         self._check_header()
         self._connection.execute("PRAGMA cache_size = -65536")  # 64 MiB
         if self.readonly:
+            for older in range(self._number("user_version"), SCHEMA_VERSION):
+                for statement in VIEWS[older]:
+                    self._connection.execute(statement)
             return
         self._use_log()
         # With a write-ahead log, NORMAL survives every death of the process; only a power cut can take
         # the last transactions with it, and then a rerun computes them again.
         self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.execute("PRAGMA foreign_keys = ON")
-        if self._number("user_version") == 0:
+        if self._number("user_version") < SCHEMA_VERSION:
             with self.writing() as connection:
-                if self._number("user_version") == 0:  # nobody was faster
+                version = self._number("user_version")  # somebody may have been faster
+                if version == 0:
                     for statement in SCHEMA:
                         connection.execute(statement)
                     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
+                    for statement in CHANGES[older]:
+                        connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _check_header(self) -> None:
         application, version = self._number("application_id"), self._number("user_version")

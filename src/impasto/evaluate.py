@@ -118,7 +118,38 @@ def evaluate(
     store.put_recipes(recipes)
     for task in tasks:
         store.put_task(task.name, task.protocol, describe(task))
-    scored, written = _requests(tasks)
+    sharing = sharing or Sharing()
+    questions = unanswered(
+        setting,
+        recipes,
+        [request for task in tasks for request in task.requests],
+        store,
+        scorer=functools.cache(scorer or (lambda: scorer_of(loaded, batch_tokens, sharing, note))),
+        batch_tokens=batch_tokens,
+        sharing=sharing,
+        progress=progress,
+        note=note,
+    )
+    lost = (where or Here()).answer(loaded, questions)
+    results = _results(setting, recipes, tasks, store, note, progress, partly=bool(lost))
+    if lost:
+        raise ImpastoError(_unanswered(lost))
+    return results
+
+
+def unanswered(
+    setting: Setting,
+    recipes: Sequence[Recipe],
+    requests: Iterable[Request],
+    store: Store,
+    *,
+    scorer: Callable[[], Scorer],
+    batch_tokens: int | None = None,
+    sharing: Sharing | None = None,
+    progress: Progress | None = None,
+    note: Note | None = None,
+) -> Questions:
+    """What the store lacks of some recipes' answers; whoever answers it fills the store."""
 
     def keep(who: Sequence[Recipe], what: Sequence[Request], batch: Batch) -> None:
         store.put_batch(
@@ -129,29 +160,25 @@ def evaluate(
             is_greedy=batch.greedy,
             tokens=batch.tokens,
             truncated=batch.truncated,
+            rank=-1 if batch.rank is None else batch.rank,
         )
 
     def keep_text(recipe: Recipe, request: Request, response: Response) -> None:
         store.put_responses(setting, [(recipe, request, response)])
 
-    sharing = sharing or Sharing()
-    questions = Questions(
+    scored, written = kinds(requests)
+    return Questions(
         setting=setting,
         scored=_gaps(store, setting, recipes, scored),
         written=_gaps(store, setting, recipes, written),
-        scorer=functools.cache(scorer or (lambda: scorer_of(loaded, batch_tokens, sharing, note))),
+        scorer=scorer,
         batch_tokens=batch_tokens,
-        sharing=sharing,
+        sharing=sharing or Sharing(),
         keep=keep,
         keep_text=keep_text,
         progress=progress or (lambda phase, share: None),
         note=note or (lambda text: None),
     )
-    lost = (where or Here()).answer(loaded, questions)
-    results = _results(setting, recipes, tasks, store, note, progress, partly=bool(lost))
-    if lost:
-        raise ImpastoError(_unanswered(lost))
-    return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +205,7 @@ def plan(
     scorer: Callable[[], Scorer] | None = None,
 ) -> Work:
     """What `evaluate` would still have to score; runs nothing. Text generation is not counted in it."""
-    scored, _ = _requests(tasks)
+    scored, _ = kinds(request for task in tasks for request in task.requests)
     gaps = _gaps(store, setting_of(loaded, kv), recipes, scored)
     made = scorer() if scorer else scorer_of(loaded, batch_tokens)
     works = [made.plan(who, what) for who, what in gaps]
@@ -208,9 +235,9 @@ def describe(task: TaskSet) -> dict[str, object]:
     }
 
 
-def _requests(tasks: Iterable[TaskSet]) -> tuple[list[Request], list[Request]]:
-    """The distinct requests of all tasks: those to score, those to answer with text."""
-    distinct = {request.fingerprint: request for task in tasks for request in task.requests}
+def kinds(requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
+    """Distinct requests: those to score, and those to answer with text."""
+    distinct = {request.fingerprint: request for request in requests}
     scored = [request for request in distinct.values() if request.kind != "generate"]
     return scored, [request for request in distinct.values() if request.kind == "generate"]
 
@@ -270,19 +297,20 @@ def write(
 
 def _score(questions: Questions) -> None:
     scorer = questions.scorer()
-    works = [scorer.plan(who, what) for who, what in questions.scored]
-    total = sum(work.cost for work in works) or 1
+    single = len(questions.scored) == 1  # planning encodes all texts, only to weigh one gap against another
+    costs = [1 if single else scorer.plan(who, what).cost for who, what in questions.scored]
+    total = sum(costs) or 1
     done = 0
-    for (who, what), work in zip(questions.scored, works, strict=True):
+    for (who, what), cost in zip(questions.scored, costs, strict=True):
 
         def keep(batch: Batch, who: tuple[Recipe, ...] = who, what: list[Request] = what) -> None:
             questions.keep(who, what, batch)
 
-        def tell(share: float, before: int = done, work: Work = work) -> None:
-            questions.progress("scoring", (before + share * work.cost) / total)
+        def tell(share: float, before: int = done, cost: int = cost) -> None:
+            questions.progress("scoring", (before + share * cost) / total)
 
         scorer.score(who, what, on_batch=keep, progress=tell)
-        done += work.cost
+        done += cost
 
 
 def _write(loaded: LoadedModel, questions: Questions) -> None:

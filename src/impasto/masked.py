@@ -14,7 +14,7 @@ what they begin with runs once, as in `impasto.scoring`; so a grid of edits cost
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -257,7 +257,8 @@ class MaskedScorer:
         if other := next((request.kind for request in requests if request.kind != "loglikelihood"), None):
             raise UsageError(f"a masked model scores continuations; a request of kind {other!r} is none")
         asked = [self.masker.encode(request.context, request.continuation, self.after) for request in requests]
-        return _Sheet(asked, self.masking, self.masker.mask, len(recipes), self.lengths)
+        ranked = [request.wants_rank for request in requests]
+        return _Sheet(asked, ranked, self.masking, self.masker.mask, len(recipes), self.lengths)
 
     def _answer(self, tree: Node, rows: Sequence[tuple[int, ...]], sheet: _Sheet) -> NDArray[np.int64]:
         """Run one batch under all recipes; returns which requests are complete with it."""
@@ -267,12 +268,12 @@ class MaskedScorer:
             hidden, contexts = record(self.model, self.body, _inputs(rows, self.body.arguments, self.device))
             walk = _Walk(self, contexts)
             places = torch.arange(len(spots), device=self.device)
-            found: list[tuple[int, Tensor, Tensor]] = []
+            ranks = bool(sheet.ranked.any())
+            said: list[tuple[int, tuple[Tensor, Tensor, Tensor | None]]] = []
             for recipe, states in walk.ends(tree, hidden):
-                picked = states[row.to(states.device), column.to(states.device)]
-                values, best, *_ = self.head.score(picked.to(self.device), places, token)
-                found.append((recipe, values, best))
-        return sheet.fill(rows, {recipe: (v.double().cpu().numpy(), b.cpu().numpy()) for recipe, v, b in found})
+                picked = states[row.to(states.device), column.to(states.device)].to(self.device)
+                said.append((recipe, self.head.score(picked, places, token, ranks=ranks)))
+        return sheet.fill(rows, {recipe: _Found.of(*answers) for recipe, answers in said})
 
 
 class _Walk:
@@ -318,17 +319,44 @@ class _Walk:
             return hidden_of(real_call(block, args, kwargs))
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What one recipe says at the masks of a batch."""
+
+    values: NDArray[np.float64]
+    greedy: NDArray[np.bool_]
+    rank: NDArray[np.int8] | None
+
+    @classmethod
+    def of(cls, values: Tensor, greedy: Tensor, rank: Tensor | None) -> _Found:
+        return cls(
+            values.double().cpu().numpy(),
+            greedy.cpu().numpy(),
+            None if rank is None else rank.to(torch.int8).cpu().numpy(),
+        )
+
+
 class _Sheet:
     """The distinct rows of all requests, and what has been answered so far."""
 
-    def __init__(self, asked: Sequence[Masked], masking: Masking, mask: int, recipes: int, lengths: Lengths) -> None:
+    def __init__(
+        self,
+        asked: Sequence[Masked],
+        ranked: Sequence[bool],
+        masking: Masking,
+        mask: int,
+        recipes: int,
+        lengths: Lengths,
+    ) -> None:
         self.asked = asked
+        self.ranked = np.array(ranked, dtype=bool)
         self.wanted: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # row: (request, number of the target)
         for index, masked in enumerate(asked):
             for row, targets in masked.rows(masking, mask):
                 self.wanted.setdefault(row, []).extend((index, k) for k in targets)
         self.values = np.zeros((recipes, len(asked)))
         self.greedy = np.ones((recipes, len(asked)), dtype=bool)
+        self.rank = np.full((recipes, len(asked)), -1, dtype=np.int8)
         self.left = np.array([len(masked.targets) for masked in asked], dtype=np.int64)
         self.tokens = self.left + (lengths == "authors")
         self.truncated = np.array([masked.truncated for masked in asked], dtype=bool)
@@ -344,13 +372,14 @@ class _Sheet:
             for index, k in self.wanted[row]
         ]
 
-    def fill(
-        self, rows: Sequence[tuple[int, ...]], found: dict[int, tuple[NDArray[np.float64], NDArray[np.bool_]]]
-    ) -> NDArray[np.int64]:
-        owners = np.array([index for row in rows for index, _ in self.wanted[row]], dtype=np.int64)
-        for recipe, (values, greedy) in found.items():
-            np.add.at(self.values[recipe], owners, values)
-            np.logical_and.at(self.greedy[recipe], owners, greedy)
+    def fill(self, rows: Sequence[tuple[int, ...]], found: Mapping[int, _Found]) -> NDArray[np.int64]:
+        owners, targets = np.array([spot for row in rows for spot in self.wanted[row]], dtype=np.int64).T
+        first = (targets == 0) & self.ranked[owners]
+        for recipe, answers in found.items():
+            np.add.at(self.values[recipe], owners, answers.values)
+            np.logical_and.at(self.greedy[recipe], owners, answers.greedy)
+            if answers.rank is not None:
+                self.rank[recipe, owners[first]] = answers.rank[first]
         np.subtract.at(self.left, owners, 1)
         seen = np.unique(owners)
         finished: NDArray[np.int64] = seen[self.left[seen] == 0]
@@ -363,10 +392,11 @@ class _Sheet:
             greedy=self.greedy[:, chosen],
             tokens=self.tokens[chosen],
             truncated=self.truncated[chosen],
+            rank=self.rank[:, chosen],
         )
 
     def scores(self) -> Scores:
-        return Scores(loglikelihood=self.values, greedy=self.greedy, tokens=self.tokens, truncated=self.truncated)
+        return Scores(self.values, self.greedy, self.tokens, self.truncated, self.rank)
 
 
 def respond(
@@ -404,7 +434,7 @@ def respond(
         raise UsageError("only requests that generate text are answered with text")
     masker = Masker(model, tokenizer, specials=specials, window=window)
     asked = [masker.blanks(request.context, masks) for request in requests]
-    sheet = _Sheet(asked, "together", masker.mask, 1, "tokens")
+    sheet = _Sheet(asked, [False] * len(asked), "together", masker.mask, 1, "tokens")
     device = input_device(model)
     arguments = anatomy(model).arguments
     answers: list[Response] = [Response()] * len(requests)

@@ -13,24 +13,20 @@ No study uses it.
 from __future__ import annotations
 
 import contextlib
-import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from impasto.apply import worn
 from impasto.elimination import Course, Drop, Floats, Place, Rules, contest
 from impasto.errors import UsageError
-from impasto.evaluate import scorer_of, setting_of
-from impasto.generation import respond
+from impasto.evaluate import Here, kinds, scorer_of, setting_of, unanswered
 from impasto.models import LoadedModel
 from impasto.recipe import Recipe
-from impasto.result import Request, Response, Setting, digest
+from impasto.result import Request, Response, Setting
 from impasto.runtime import KV
-from impasto.scoring import Batch, Scorer
+from impasto.scoring import Scorer
 from impasto.standings import Dropped, Effort, Race, Round, Survivor
 from impasto.store import Store
 from impasto.tasks import TaskSet
@@ -38,7 +34,6 @@ from impasto.tasks import TaskSet
 Score = Callable[[Request, Response], float]
 Progress = Callable[[str, float], None]
 Note = Callable[[str], None]
-Gap = tuple[tuple[Recipe, ...], list[Request]]  # recipes that have not answered, and the requests they lack
 
 
 def race(
@@ -99,7 +94,7 @@ def race(
         if store is None:
             store = Store(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.callback(store.close)
-        asker = _Asker(model, setting_of(model, kv), scorer_of(model, batch_tokens, note=note), store, kv, progress)
+        asker = _Asker(model, setting_of(model, kv), scorer_of(model, batch_tokens, note=note), store, progress)
         efforts: list[Effort] = []
         seen: set[str] = set()
 
@@ -207,14 +202,14 @@ def _exam_of_requests(requests: Sequence[Request], score: Score) -> _Exam:
 
 
 def _exam_of_tasks(tasks: Sequence[TaskSet]) -> _Exam:
-    instances = [_instances(task) for task in tasks]
+    numbers = [tuple(task.documents) for task in tasks]
 
     def at(places: Sequence[Place]) -> _Sheet:
         parts: dict[int, TaskSet] = {}
         columns: dict[int, dict[int, int]] = {}  # of each task: its documents, in their order, to their place in it
         for stratum in sorted({stratum for stratum, _ in places}):
             documents = sorted(document for one, document in places if one == stratum)
-            parts[stratum] = _part(tasks[stratum], [i for document in documents for i in instances[stratum][document]])
+            parts[stratum] = tasks[stratum].part("round", {numbers[stratum][document] for document in documents})
             columns[stratum] = {document: column for column, document in enumerate(documents)}
 
         def judge(recipe: Recipe, answers: Mapping[str, Response]) -> list[float | None]:
@@ -224,31 +219,7 @@ def _exam_of_tasks(tasks: Sequence[TaskSet]) -> _Exam:
         distinct = {request.fingerprint: request for part in parts.values() for request in part.requests}
         return _Sheet(tuple(distinct.values()), judge)
 
-    return _Exam(tuple(map(len, instances)), at)
-
-
-def _instances(task: TaskSet) -> list[list[int]]:
-    """For each document of a task, in their order, the places of its harness instances."""
-    found: dict[Any, list[int]] = {}
-    for place, instance in enumerate(task._task.instances):
-        found.setdefault(instance.doc_id, []).append(place)
-    return list(found.values())
-
-
-def _part(task: TaskSet, places: Sequence[int]) -> TaskSet:
-    """A task with some of its harness instances only: whole documents, in the order given."""
-    harness = copy.copy(task._task)
-    harness._instances = [task._task.instances[place] for place in places]
-    asked = tuple(task._asked[place] for place in places)
-    known = {request.fingerprint: request for request in task.requests}
-    return replace(
-        task,
-        n=len({instance.doc_id for instance in harness._instances}),
-        requests=tuple(known[name] for name in dict.fromkeys(asked)),
-        protocol=digest("part", task.protocol, places),
-        _task=harness,
-        _asked=asked,
-    )
+    return _Exam(tuple(map(len, numbers)), at)
 
 
 def _scores(task: TaskSet, recipe: Recipe, answers: Mapping[str, Response]) -> list[float | None]:
@@ -271,12 +242,11 @@ class _Asker:
     setting: Setting
     scorer: Scorer
     store: Store
-    kv: KV
     progress: Progress | None
 
     def effort(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> Effort:
         """What asking takes if the store is empty."""
-        scored, _ = _kinds(requests)
+        scored, _ = kinds(requests)
         cost = self.scorer.plan(recipes, scored).cost if scored else 0
         return Effort(len(recipes) * len(requests), cost)
 
@@ -284,66 +254,24 @@ class _Asker:
         self, phase: str, recipes: Sequence[Recipe], requests: Sequence[Request]
     ) -> Iterator[dict[str, Response]]:
         """For each recipe its answers by the request's fingerprint, all of them in the store by then."""
-        scored, written = _kinds(requests)
-        gaps = [*self._gaps(recipes, scored), *self._gaps(recipes, written)]
-        total = sum(len(who) * len(what) for who, what in gaps)
-        done = 0
-        for who, what in gaps:
-            size = len(who) * len(what)
-
-            def tell(share: float, before: int = done, size: int = size) -> None:
-                if self.progress is not None:
-                    self.progress(phase, (before + share * size) / total)
-
-            if what[0].kind == "generate":
-                self._write(who, what, tell)
-            else:
-                self._score(who, what, tell)
-            done += size
+        questions = unanswered(
+            self.setting,
+            recipes,
+            requests,
+            self.store,
+            scorer=lambda: self.scorer,
+            progress=self._telling(phase, requests),
+        )
+        Here().answer(self.loaded, questions)
         return (self.store.responses(self.setting, recipe, requests) for recipe in recipes)
 
-    def _gaps(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> list[Gap]:
-        """What is not answered yet, in groups of requests that the same recipes lack."""
-        groups: dict[tuple[Recipe, ...], list[Request]] = {}
-        for request, lacking in zip(requests, self.store.missing(self.setting, recipes, requests), strict=True):
-            if lacking:
-                groups.setdefault(lacking, []).append(request)
-        return list(groups.items())
+    def _telling(self, phase: str, requests: Sequence[Request]) -> Progress:
+        """Progress of one round, in which texts are written when all else is scored."""
+        scored = sum(request.kind != "generate" for request in requests)
 
-    def _score(self, who: Sequence[Recipe], what: Sequence[Request], tell: Callable[[float], None]) -> None:
-        def keep(batch: Batch) -> None:
-            self.store.put_batch(
-                self.setting,
-                who,
-                [what[i] for i in batch.requests],
-                loglikelihood=batch.loglikelihood,
-                is_greedy=batch.greedy,
-                tokens=batch.tokens,
-                truncated=batch.truncated,
-            )
+        def tell(what: str, share: float) -> None:
+            if self.progress is not None:
+                done = share * scored if what == "scoring" else scored + share * (len(requests) - scored)
+                self.progress(phase, done / len(requests))
 
-        self.scorer.score(who, what, on_batch=keep, progress=tell)
-
-    def _write(self, who: Sequence[Recipe], what: Sequence[Request], tell: Callable[[float], None]) -> None:
-        loaded = self.loaded
-        for i, recipe in enumerate(who):
-
-            def keep(place: int, response: Response, recipe: Recipe = recipe) -> None:
-                self.store.put_responses(self.setting, [(recipe, what[place], response)])
-
-            with worn(loaded, recipe.edits):
-                respond(
-                    loaded.model,
-                    loaded.tokenizer,
-                    recipe.schedule,
-                    what,
-                    kv=self.kv,
-                    encode=self.scorer.encoder.encode,
-                    on_response=keep,
-                )
-            tell((i + 1) / len(who))
-
-
-def _kinds(requests: Sequence[Request]) -> tuple[list[Request], list[Request]]:
-    """Requests to score, and requests to answer with text."""
-    return [r for r in requests if r.kind != "generate"], [r for r in requests if r.kind == "generate"]
+        return tell

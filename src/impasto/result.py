@@ -16,6 +16,8 @@ from typing import Any, Literal
 Kind = Literal["loglikelihood", "rolling", "generate"]
 Verdict = Literal["yes", "no", "unclear"]
 
+RANK = '{"rank": true}'  # options of a log-likelihood request
+
 
 def digest(*parts: object) -> str:
     """A 16-digit hexadecimal fingerprint of JSON-able parts, the same in every process and on every machine."""
@@ -29,7 +31,8 @@ class Request:
 
     `kind` is "loglikelihood" (of `continuation` after `context`), "rolling" (of the whole text in
     `continuation`) or "generate" (greedy text after `context`; `options` is the JSON text of the harness's
-    generation options, such as `{"max_gen_toks": 64, "until": ["\n"]}`).
+    generation options, such as `{"max_gen_toks": 64, "until": ["\n"]}`). `RANK` as the options of a log-likelihood
+    asks for the rank of the continuation's first token too.
     """
 
     kind: Kind
@@ -42,13 +45,20 @@ class Request:
         """Stable name of this question, equal for equal texts."""
         return digest("request", self.kind, self.context, self.continuation, self.options)
 
+    @property
+    def wants_rank(self) -> bool:
+        """Whether the rank of the continuation's first token is asked for."""
+        return self.kind == "loglikelihood" and self.options == RANK
+
 
 @dataclass(frozen=True, slots=True)
 class Response:
     """The answer of one recipe to one request.
 
     `loglikelihood` is in nats and may be non-finite (then it is reported, never averaged in silently);
-    `tokens` counts scored or generated tokens; `truncated` says that the request was longer than the model's window.
+    `tokens` counts scored or generated tokens; `truncated` says that the request was longer than the model's window;
+    `rank` counts the tokens that are likelier than the continuation's first, 10 for as many or more, and is None where
+    that was not asked for.
     """
 
     loglikelihood: float = math.nan
@@ -56,6 +66,7 @@ class Response:
     text: str | None = None
     tokens: int = 0
     truncated: bool = False
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Batch:
     greedy: NDArray[np.bool_]  # (recipes, q)
     tokens: NDArray[np.int64]  # scored tokens, (q,)
     truncated: NDArray[np.bool_]  # (q,)
+    rank: NDArray[np.int8] | None = None  # (recipes, q), likelier tokens than a text's first; -1 where not asked for
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Scores:
     greedy: NDArray[np.bool_]
     tokens: NDArray[np.int64]  # (requests,)
     truncated: NDArray[np.bool_]
+    rank: NDArray[np.int8] | None = None  # (recipes, requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ class Scorer:
         if any(request.kind == "generate" for request in requests):
             raise UsageError("requests that generate text are answered by impasto.generation, not by the scorer")
         pieces = self.encoder.pieces(requests)
-        answers = _Answers(len(recipes), len(requests), pieces)
+        answers = _Answers(len(recipes), requests, pieces)
         roots = [plant(recipes)] if self.sharing.calls else [_alone(recipes, i) for i in range(len(recipes))]
         calls = sum(count(root).calls for root in roots)
         budget = self.budget or 1
@@ -211,7 +213,7 @@ class Scorer:
                     progress((before + share * here) / whole)
 
             try:
-                values, greedy = self._run(roots, forest, pieces, len(recipes), calls, tell)
+                values, greedy, rank = self._run(roots, forest, pieces, answers.ranked, len(recipes), calls, tell)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not memory.ran_out(error):
                     raise
@@ -231,7 +233,7 @@ class Scorer:
                 continue
             queue.pop(0)
             done += forest.padded
-            finished = answers.add(sorted(forest.ends), values, greedy)
+            finished = answers.add(sorted(forest.ends), values, greedy, rank)
             if on_batch is not None and finished is not None:
                 on_batch(finished)
         return answers.scores()
@@ -241,14 +243,15 @@ class Scorer:
         roots: Sequence[Place],
         forest: Forest,
         pieces: Sequence[Piece],
+        ranked: NDArray[np.bool_],
         recipes: int,
         calls: int,
         tell: Callable[[float], None],
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Sums over each sequence of a batch, for all recipes: (recipes, sequences) values and greedy flags."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int8]]:
+        """Of each sequence of a batch, for all recipes: (recipes, sequences) sums, greedy flags, first ranks."""
         with quietly(self.model):
             levels = prepare(self.model, self.body, forest, self.device)
-            targets = _Targets(forest, pieces, self.device)
+            targets = _Targets(forest, pieces, ranked, self.device)
             walk = _Walk(self, levels, targets, recipes, lambda made: tell(made / calls))
             for root in roots:
                 walk.visit([root], [level.hidden for level in levels])
@@ -258,9 +261,12 @@ class Scorer:
 class _Targets:
     """Where the scored positions of a batch are and which tokens they must predict."""
 
-    def __init__(self, forest: Forest, pieces: Sequence[Piece], device: torch.device) -> None:
+    def __init__(
+        self, forest: Forest, pieces: Sequence[Piece], ranked: NDArray[np.bool_], device: torch.device
+    ) -> None:
         self.device = device
         self.sequences = sorted(forest.ends)
+        self.ranked = any(ranked[pieces[s].request] for s in self.sequences)
         targets = [pieces[s].targets for s in self.sequences]
         places = [
             place for s, wanted in zip(self.sequences, targets, strict=True) for place in forest.tail(s, len(wanted))
@@ -271,6 +277,7 @@ class _Targets:
         self.place = send(torch.from_numpy(place.reshape(-1)), device)
         self.token = send(torch.tensor([token for wanted in targets for token in wanted]), device)
         self.owner = send(torch.arange(len(targets)).repeat_interleave(torch.tensor([len(t) for t in targets])), device)
+        self.first = send(torch.tensor(np.cumsum([0, *(len(wanted) for wanted in targets[:-1])])), device)
         level_of, row, column = torch.from_numpy(distinct).unbind(1)
         self.by_level = [
             (send(row[level_of == level], device), send(column[level_of == level], device))
@@ -337,6 +344,7 @@ class _Walk:
         shape = (recipes, len(targets.sequences))
         self.values = torch.zeros(shape, dtype=torch.float64, device=scorer.device)
         self.greedy = torch.ones(shape, dtype=torch.bool, device=scorer.device)
+        self.rank = torch.full(shape, -1, dtype=torch.int8, device=scorer.device)
 
     def call(self, symbol: Symbol, states: States) -> States:
         scorer, layer = self.scorer, symbol.call.layer
@@ -393,44 +401,58 @@ class _Walk:
         shift = n * torch.arange(len(recipes), device=targets.place.device)[:, None]
         places = (targets.place[None] + shift).reshape(-1)
         tokens = targets.token.repeat(len(recipes))
-        values, greedy = self.scorer.head.score(states, places, tokens)
+        values, greedy, rank = self.scorer.head.score(states, places, tokens, ranks=targets.ranked)
         values = values.to(self.values.device, torch.float64).reshape(len(recipes), -1)
         greedy = greedy.to(self.values.device).reshape(len(recipes), -1)
         sums = torch.zeros(len(recipes), self.values.shape[1], dtype=torch.float64, device=self.values.device)
         self.values[recipes] = sums.index_add_(1, targets.owner, values)
         missed = torch.zeros_like(sums).index_add_(1, targets.owner, (~greedy).double())
         self.greedy[recipes] = missed == 0
+        if rank is not None:
+            rank = rank.to(self.rank.device, torch.int8).reshape(len(recipes), -1)
+            self.rank[recipes] = rank[:, targets.first.to(rank.device)]
         self.waiting = []
 
-    def finish(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def finish(self) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int8]]:
         self.flush()
         self.tell(self.made)
         values: NDArray[np.float64] = self.values.cpu().numpy()
         greedy: NDArray[np.bool_] = self.greedy.cpu().numpy()
-        return values, greedy
+        rank: NDArray[np.int8] = self.rank.cpu().numpy()
+        return values, greedy, rank
 
 
 class _Answers:
     """Collects sums of pieces until all pieces of a request are there."""
 
-    def __init__(self, recipes: int, requests: int, pieces: Sequence[Piece]) -> None:
+    def __init__(self, recipes: int, requests: Sequence[Request], pieces: Sequence[Piece]) -> None:
         self.pieces = pieces
-        self.values = np.zeros((recipes, requests))
-        self.greedy = np.ones((recipes, requests), dtype=bool)
-        self.tokens = np.zeros(requests, dtype=np.int64)
-        self.truncated = np.zeros(requests, dtype=bool)
-        self.left = np.zeros(requests, dtype=np.int64)
+        self.values = np.zeros((recipes, len(requests)))
+        self.greedy = np.ones((recipes, len(requests)), dtype=bool)
+        self.rank = np.full((recipes, len(requests)), -1, dtype=np.int8)
+        self.tokens = np.zeros(len(requests), dtype=np.int64)
+        self.truncated = np.zeros(len(requests), dtype=bool)
+        self.left = np.zeros(len(requests), dtype=np.int64)
         for piece in pieces:
             self.left[piece.request] += 1
             self.tokens[piece.request] += len(piece.targets)
             self.truncated[piece.request] |= piece.truncated
+        self.ranked = np.array([r.wants_rank for r in requests], dtype=bool) & (self.left == 1)
 
-    def add(self, sequences: Sequence[int], values: NDArray[np.float64], greedy: NDArray[np.bool_]) -> Batch | None:
+    def add(
+        self,
+        sequences: Sequence[int],
+        values: NDArray[np.float64],
+        greedy: NDArray[np.bool_],
+        rank: NDArray[np.int8],
+    ) -> Batch | None:
         finished = []
         for column, s in enumerate(sequences):
             request = self.pieces[s].request
             self.values[:, request] += values[:, column]
             self.greedy[:, request] &= greedy[:, column]
+            if self.ranked[request]:
+                self.rank[:, request] = rank[:, column]
             self.left[request] -= 1
             if self.left[request] == 0:
                 finished.append(request)
@@ -443,10 +465,11 @@ class _Answers:
             self.greedy[:, chosen],
             self.tokens[chosen],
             self.truncated[chosen],
+            self.rank[:, chosen],
         )
 
     def scores(self) -> Scores:
-        return Scores(self.values, self.greedy, self.tokens, self.truncated)
+        return Scores(self.values, self.greedy, self.tokens, self.truncated, self.rank)
 
 
 def _alone(recipes: Sequence[Recipe], index: int) -> Place:

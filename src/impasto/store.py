@@ -180,6 +180,7 @@ class Store:
                         answer.tokens,
                         answer.truncated,
                         answer.text,
+                        answer.rank,
                     )
                     for recipe, request, answer in answers
                 ],
@@ -196,6 +197,7 @@ class Store:
         is_greedy: ArrayLike = False,
         tokens: ArrayLike = 0,
         truncated: ArrayLike = False,
+        rank: ArrayLike = -1,
         text: Sequence[Sequence[str | None]] | None = None,
         answered: ArrayLike = True,
     ) -> int:
@@ -212,6 +214,7 @@ class Store:
             is_greedy: whether the continuation is what greedy decoding gives.
             tokens: scored or generated tokens.
             truncated: whether the request was longer than the model's window.
+            rank: how many tokens are likelier than the continuation's first; -1 where that is not known.
             text: generated texts, row by row.
             answered: False where there is no answer to keep.
 
@@ -226,6 +229,7 @@ class Store:
                 (is_greedy, np.int64),
                 (tokens, np.int64),
                 (truncated, np.int64),
+                (rank, np.int64),
                 (answered, np.bool_),
             )
         ]
@@ -237,7 +241,7 @@ class Store:
             before = db.total_changes
             for row, recipe in enumerate(recipes):
                 kept = columns[-1][row]
-                fields = [column[row][kept].tolist() for column in columns[:-1]]
+                *fields, ranks = [column[row][kept].tolist() for column in columns[:-1]]
                 texts: Iterable[str | None] = repeat(None)
                 if text is not None:
                     texts = (text[row][column] for column in np.flatnonzero(kept).tolist())
@@ -249,6 +253,7 @@ class Store:
                         request_ids[kept].tolist(),
                         *fields,
                         texts,
+                        (None if number < 0 else number for number in ranks),
                         strict=False,
                     ),
                 )
@@ -300,7 +305,7 @@ class Store:
             key, request_ids, first, last = _span(db, setting, requests)
             names = {number: name for name, number in request_ids.items()}
             rows = db.execute(
-                "SELECT request, loglikelihood, is_greedy, text, tokens, truncated FROM responses"
+                "SELECT request, loglikelihood, is_greedy, text, tokens, truncated, rank FROM responses"
                 " WHERE setting = ? AND recipe = (SELECT id FROM recipes WHERE fingerprint = ?)"
                 " AND request BETWEEN ? AND ?",
                 (key, recipe.fingerprint, first, last),
@@ -312,8 +317,9 @@ class Store:
                     text,
                     tokens,
                     bool(truncated),
+                    rank,
                 )
-                for request, loglikelihood, greedy, text, tokens, truncated in rows
+                for request, loglikelihood, greedy, text, tokens, truncated, rank in rows
                 if request in names
             }
 
@@ -475,8 +481,8 @@ class Store:
 
 _INSERT_RESPONSE = (
     "INSERT OR IGNORE INTO responses"
-    " (setting, recipe, request, loglikelihood, is_greedy, tokens, truncated, text)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    " (setting, recipe, request, loglikelihood, is_greedy, tokens, truncated, text, rank)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 

@@ -22,7 +22,7 @@ import math
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -31,7 +31,7 @@ from typing import Any, Literal
 from impasto import fetch
 from impasto.benchmarks.reply import Reply
 from impasto.errors import FetchError, ImpastoError, UnknownTask, UsageError
-from impasto.result import Kind, Request, Response, Result, digest
+from impasto.result import RANK, Kind, Request, Response, Result, digest
 
 Origin = Literal["built-in", "harness", "include"]
 
@@ -204,7 +204,7 @@ class TaskSet:
         if self.kind != "multiple_choice" or self._task.multiple_input or self._task.multiple_target:
             return None
         found: list[int] = []
-        for doc in self._docs().values():
+        for doc in self.documents.values():
             gold = self._task.doc_to_target(doc)
             found.append(self._task.doc_to_choice(doc).index(gold) if isinstance(gold, str) else int(gold))
         return tuple(found)
@@ -218,11 +218,16 @@ class TaskSet:
         Raises:
             UsageError: one of the parts would be empty.
         """
-        names = {i: json.dumps(doc, sort_keys=True, default=str) for i, doc in self._docs().items()}
+        names = {i: json.dumps(doc, sort_keys=True, default=str) for i, doc in self.documents.items()}
         chosen = {i for i, text in names.items() if int(digest("part", text), 16) < share * 2**64}
-        return self._part("validation", chosen), self._part("test", set(names) - chosen)
+        return self.part("validation", chosen), self.part("test", set(names) - chosen)
 
-    def _part(self, name: str, chosen: set[int]) -> TaskSet:
+    def part(self, name: str, chosen: Collection[int]) -> TaskSet:
+        """Some of the documents, by their numbers in `documents`, as a task of their own.
+
+        Raises:
+            UsageError: there are none.
+        """
         if not chosen:
             raise UsageError(f"{self.name}: too few examples for a {name} part")
         kept = [k for k, instance in enumerate(self._task.instances) if instance.doc_id in chosen]
@@ -230,7 +235,7 @@ class TaskSet:
         task._instances = [self._task.instances[k] for k in kept]
         asked = tuple(self._asked[k] for k in kept)
         wanted = set(asked)
-        docs = [doc for i, doc in self._docs().items() if i in chosen]
+        docs = [doc for i, doc in self.documents.items() if i in chosen]
         chance, majority = _guessing(task, self.metric, docs)
         return replace(
             self,
@@ -244,7 +249,9 @@ class TaskSet:
             _asked=asked,
         )
 
-    def _docs(self) -> dict[int, Any]:
+    @property
+    def documents(self) -> dict[int, Any]:
+        """The examples as the data set has them, by the harness's number, in the order of the scores."""
         return {instance.doc_id: instance.doc for instance in self._task.instances}
 
     def _judge(self, mine: Mapping[str, tuple[Request, Response]], broken: set[str]) -> dict[str, list[Any]]:
@@ -482,7 +489,8 @@ def _asked(task: Any, source: str, limit: int | None, num_fewshot: int | None, s
         )
     except (AssertionError, ValueError, IndexError) as problem:
         raise UsageError(f"task {name} cannot be asked with {shots} examples per prompt: {problem}") from problem
-    requests = tuple(_request(instance) for instance in task.instances)
+    ranked = bool((task.config.metadata or {}).get("rank"))
+    requests = tuple(_request(instance, ranked) for instance in task.instances)
     asked = tuple(request.fingerprint for request in requests)
     docs = {instance.doc_id: instance.doc for instance in task.instances}
     filters = [ensemble.name for ensemble in task._filters]
@@ -510,7 +518,8 @@ def _asked(task: Any, source: str, limit: int | None, num_fewshot: int | None, s
     )
 
 
-def _request(instance: Any) -> Request:
+def _request(instance: Any, ranked: bool) -> Request:
+    """A harness instance as a request; `ranked` asks for the rank of a continuation's first token too."""
     kinds: dict[str, Kind] = {
         "loglikelihood": "loglikelihood",
         "loglikelihood_rolling": "rolling",
@@ -522,7 +531,7 @@ def _request(instance: Any) -> Request:
     if kind == "generate":
         options = json.dumps(texts[1], sort_keys=True, ensure_ascii=False, default=str)
         return Request(kind, texts[0], options=options)
-    return Request(kind, texts[0], texts[1])
+    return Request(kind, texts[0], texts[1], RANK if ranked else "")
 
 
 def _answer(request: Request, response: Response) -> Any:
@@ -531,7 +540,7 @@ def _answer(request: Request, response: Response) -> Any:
         return response.text or ""
     if request.kind == "rolling":
         return response.loglikelihood
-    return Reply(response.loglikelihood, response.is_greedy, response.tokens)
+    return Reply(response.loglikelihood, response.is_greedy, response.tokens, response.rank)
 
 
 def _usable(request: Request, response: Response) -> bool:

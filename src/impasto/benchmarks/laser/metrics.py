@@ -67,9 +67,7 @@ def choice(doc: Mapping[str, Any], replies: Sequence[Scored]) -> dict[str, Any]:
 def word(doc: Mapping[str, Any], replies: Sequence[Scored]) -> dict[str, float]:
     """Metrics of one fact: whether the answer is the likeliest text (top-1), among the likeliest, and its losses."""
     (reply,) = replies
-    rank = getattr(reply, "rank", None)
-    ranks = {} if rank is None else {f"top{k}": float(rank < k) for k in TOP}
-    return {"acc": float(reply[1]), **ranks, **_losses(reply)}
+    return {"acc": float(reply[1]), **_ranks(reply), **_losses(reply)}
 
 
 def answer(doc: Mapping[str, Any], replies: Sequence[Any]) -> dict[str, float]:
@@ -78,7 +76,8 @@ def answer(doc: Mapping[str, Any], replies: Sequence[Any]) -> dict[str, float]:
     `acc` looks for the answer in the new text, `acc_words` for it as whole words ("no" is not in "know").
     `acc_with_prompt` is the authors' accuracy: they look into the prompt and the new text together, and so
     count as right what the question says itself; `in_prompt` is the share of those, whatever the model answers.
-    `acc_greedy` says whether the likeliest text is the answer and nothing before it.
+    `acc_greedy` says whether the likeliest text is the answer and nothing before it; `top5` and `top10` are of the
+    answer's first token.
     """
     scored, text = replies
     wanted, new = doc["answer"].lower(), text.lower()
@@ -89,6 +88,7 @@ def answer(doc: Mapping[str, Any], replies: Sequence[Any]) -> dict[str, float]:
         "acc_with_prompt": float(wanted in prompt + new),
         "in_prompt": float(wanted in prompt),
         "acc_greedy": float(scored[1]),
+        **_ranks(scored),
         **_losses(scored),
     }
 
@@ -120,6 +120,11 @@ def majority(found: Sequence[Mapping[str, Any]]) -> float:
     """What always giving the most frequent right answer gets on these documents."""
     right = Counter(str(doc["answer"]).lower() if "answer" in doc else str(doc["gold"]) for doc in found)
     return max(right.values()) / len(found)
+
+
+def _ranks(reply: Scored) -> dict[str, float]:
+    rank = getattr(reply, "rank", None)
+    return {} if rank is None else {f"top{k}": float(rank < k) for k in TOP}
 
 
 def _losses(reply: Scored) -> dict[str, float]:
