@@ -322,7 +322,7 @@ def stored(recipes: int, asked: Questions, tasks: Sequence[TaskSet]) -> dict[str
 def checked(scorer: Scorer, recipes: Sequence[Recipe], requests: Sequence[Request]) -> None:
     """Make sure that `work_of` says what the engine's planner says."""
     few, some = recipes[:: max(1, len(recipes) // 20)], Questions.of(scorer, requests[:60])
-    overhead = OVERHEAD[scorer.device.type]
+    overhead = scorer.overhead(Study.of(few).counted.calls)
     assert work_of(Study.of(few), some, scorer.budget or 1, overhead) == scorer.plan(few, some.requests)
 
 

@@ -272,3 +272,22 @@ def test_the_largest_of_many(rows: int, words: int, seed: int, ties: bool) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring_head, "CHUNK", 4)
         assert torch.equal(scoring_head._largest(logits), logits.topk(min(TOP, words)).values)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_logits_are_weighed_alike_by_the_kernel(dtype: torch.dtype) -> None:
+    from impasto.kernels import weigh
+
+    logits = 20 * torch.randn(5, 100_003, device="cuda").to(dtype)
+    logits[1] = -torch.inf
+    logits[2, :70_000] = -torch.inf
+    logits[3, 5] = torch.nan
+    for rows in (logits, logits[:, ::2], logits[:0]):
+        peak, mass = weigh(rows)
+        finite = [i for i in range(len(rows)) if i != 3]
+        expected, sums = scoring_head._weigh(rows.clone())
+        assert torch.equal(peak[finite], expected[finite])
+        torch.testing.assert_close(mass[finite], sums[finite], rtol=1e-5, atol=0)
+        assert not len(rows) or mass[3].isnan()

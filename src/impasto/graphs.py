@@ -62,12 +62,14 @@ class Cuda:
         device: a CUDA device.
         parallel: fork branches onto streams; False runs them one after another.
         warmup: how often a step runs before it is recorded (libraries load their kernels then).
+        collect: collect Python's garbage before each recording, which can hold memory of the device.
     """
 
-    def __init__(self, device: torch.device, *, parallel: bool = True, warmup: int = 2) -> None:
+    def __init__(self, device: torch.device, *, parallel: bool = True, warmup: int = 2, collect: bool = True) -> None:
         self.device = device
         self.parallel = parallel
         self.warmup = warmup
+        self.collect = collect
         self._pool: Any = None
         self._streams: dict[tuple[int, ...], torch.cuda.Stream] = {}
         self._place: tuple[int, ...] = ()
@@ -88,7 +90,8 @@ class Cuda:
                     undo()
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
-            gc.collect()
+            if self.collect:
+                gc.collect()
             graph = torch.cuda.CUDAGraph()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()

@@ -8,6 +8,8 @@ scored tokens' logits are kept. Nothing of size positions x vocabulary is held.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -134,22 +136,23 @@ class Head:
         mass = torch.zeros(len(entered), device=device)
         own = torch.zeros(len(tokens), device=device)
         best = torch.full((len(entered), TOP if ranks else 0), -torch.inf, device=device)
+        weigh = _weigher(device.type)
         for low in range(0, words, step):
             rows = slice(low, min(words, low + step))
             piece = F.linear(entered, weight[rows], None if bias is None else bias[rows])
             if self.kind == "pointwise":
                 piece = self._pointwise(entered, piece)
-            logits = piece.float()
             inside = (tokens >= rows.start) & (tokens < rows.stop)
-            column = (tokens - rows.start).clamp(0, logits.shape[1] - 1)
-            own = torch.where(inside, logits[places, column], own)
+            column = (tokens - rows.start).clamp(0, piece.shape[1] - 1)
+            own = torch.where(inside, piece[places, column].float(), own)
             if ranks:
-                best = _largest(torch.cat([best, _largest(logits)], -1))
-            peak = torch.maximum(top, best[:, 0] if ranks else logits.amax(-1))
-            anchor = torch.where(torch.isfinite(peak), peak, torch.zeros_like(peak))
-            mass = mass * torch.exp(top - anchor) + logits.sub_(anchor[:, None]).clamp_(min=FLOOR).exp_().sum(-1)
-            top = peak
-        normaliser = torch.where(torch.isfinite(top), top, torch.zeros_like(top)) + mass.log()
+                best = _largest(torch.cat([best, _largest(piece.float())], -1))
+            peak, more = weigh(piece)
+            higher = torch.maximum(top, peak)
+            anchor = _finite(higher)
+            mass = mass * torch.exp(top - anchor) + more * torch.exp(peak - anchor)
+            top = higher
+        normaliser = _finite(top) + mass.log()
         likelier = (best[places] > own[:, None]).sum(-1) if ranks else None
         return own - normaliser[places], own >= top[places], likelier
 
@@ -178,6 +181,27 @@ class Head:
             if likelier is not None:
                 likelier = torch.where(inside, (_largest(logits)[row] > own[:, None]).sum(-1), likelier)
         return values, greedy, likelier
+
+
+def _finite(values: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+
+
+def _weigh(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum m of each row, and the sum of exp(x - m), in float32; writes over the logits."""
+    logits = logits.float()
+    peak = logits.amax(-1)
+    return peak, logits.sub_(_finite(peak)[:, None]).clamp_(min=FLOOR).exp_().sum(-1)
+
+
+@functools.cache
+def _weigher(device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The fastest way to weigh rows of logits on a kind of device."""
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from impasto import kernels
+
+        return kernels.weigh
+    return _weigh
 
 
 def _largest(logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ log-likelihood moves by less than 1e-4.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -24,21 +25,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from impasto import memory
-from impasto.anatomy import anatomy, input_device, quietly
+from impasto.anatomy import anatomy, input_device, quietly, split
 from impasto.edit import Edit
 from impasto.encoding import Encoder, Piece
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
 from impasto.forest import Forest, Node, batches, grow, lay_out
+from impasto.graphs import Backend, Cuda
 from impasto.halves import halves
 from impasto.head import Head
 from impasto.levels import Level, call_layer, prepare, send
 from impasto.recipe import Recipe
+from impasto.recorded import Recorder
 from impasto.result import Request
 from impasto.trie import Bundle, Symbol, count, fork, naive_calls, plant
 from impasto.trie import Node as Place
 
 BUDGET = {"cpu": 2048, "cuda": 65536}  # padded tokens of one batch, before memory says otherwise
 OVERHEAD = {"cpu": 32, "cuda": 6000}  # tokens that a layer could run while another batch is begun
+INTENSITY = {"cpu": 12, "cuda": 160}  # floating-point operations that are done while one byte of weights is read
 HEAD_ROWS = 1024  # scored positions that the head takes at once
 
 States = list[Tensor]
@@ -100,6 +104,7 @@ class Sharing:
     calls: bool = True  # common layer calls of recipes
     contexts: bool = True  # common beginnings of requests
     head: bool = True  # several recipes' positions in one product
+    launches: bool = True  # the kernels of a layer call that is made often, recorded and launched as a whole; on GPUs
 
 
 @dataclass
@@ -145,20 +150,45 @@ class Scorer:
             self._head = Head(self.model, self.body)
         return self._head
 
+    def backend(self) -> Backend | None:
+        """How layer calls are recorded; None where they cannot be."""
+        spread = getattr(self.model, "hf_device_map", None) or any(map(split, self.body.layers[0].parameters()))
+        if not self.sharing.launches or self.device.type != "cuda" or spread:
+            return None
+        return Cuda(self.device, parallel=False, warmup=0, collect=False)
+
     def trees(self, pieces: Sequence[Piece]) -> list[Node]:
         """The common beginnings of the pieces."""
         return grow([p.tokens for p in pieces], share=self.sharing.contexts and not self.body.stateful)
 
-    def pack(self, trees: Sequence[Node], budget: int) -> list[list[Node]]:
-        """The batches that they are run in."""
-        return batches(trees, budget, OVERHEAD.get(self.device.type, OVERHEAD["cuda"]))
+    def pack(self, trees: Sequence[Node], budget: int, calls: int | None = None) -> list[list[Node]]:
+        """The batches that they are run in.
+
+        Args:
+            trees: what is to be scored.
+            budget: padded tokens of one batch at the most.
+            calls: layer calls on each batch; None is one pass through the model.
+        """
+        return batches(trees, budget, self.overhead(calls or self.body.depth))
+
+    def overhead(self, calls: int) -> int:
+        """What one more batch costs, as tokens on which all of so many layer calls could run instead."""
+        return round(OVERHEAD.get(self.device.type, OVERHEAD["cuda"]) + self._head_read / calls)
+
+    @functools.cached_property
+    def _head_read(self) -> float:
+        """Tokens that one layer could run while the weights of the head are read, which each batch does anew."""
+        layer = sum(weight.numel() for weight in self.body.layers[0].parameters())
+        weight = self.model.get_output_embeddings().weight
+        intensity = INTENSITY.get(self.device.type, INTENSITY["cuda"])
+        return float(weight.numel() * weight.element_size() * intensity / (2 * max(1, layer)))
 
     def plan(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> Work:
         """What scoring these would take; runs nothing."""
         pieces = self.encoder.pieces(requests)
-        packed = self.pack(self.trees(pieces), self.budget or 1)
         counted = count(plant(recipes)) if self.sharing.calls else None
         naive = naive_calls(recipes)
+        packed = self.pack(self.trees(pieces), self.budget or 1, counted.calls if counted else naive)
         return Work(
             recipes=len(recipes),
             requests=len(requests),
@@ -201,7 +231,7 @@ class Scorer:
         roots = [plant(recipes)] if self.sharing.calls else [_alone(recipes, i) for i in range(len(recipes))]
         calls = sum(count(root).calls for root in roots)
         budget = self.budget or 1
-        queue = self.pack(self.trees(pieces), budget)
+        queue = self.pack(self.trees(pieces), budget, calls)
         total = sum(lay_out(batch).padded for batch in queue)
         done = 0
         while queue:
@@ -220,7 +250,7 @@ class Scorer:
                 del error
                 memory.free()
                 budget = min(budget, forest.padded) // 2
-                smaller = self.pack([tree for rest in queue for tree in rest], max(1, budget))
+                smaller = self.pack([tree for rest in queue for tree in rest], max(1, budget), calls)
                 if lay_out(smaller[0]).padded >= forest.padded:
                     longest = max(len(p.tokens) for i, p in enumerate(pieces) if i in forest.ends)
                     raise OutOfMemory(
@@ -339,6 +369,7 @@ class _Walk:
         self.made = 0
         self.levels = levels
         self.targets = targets
+        self.recorder = Recorder(scorer.backend(), scorer.note)
         self.sums: dict[tuple[int, Bundle], _Sum] = {}
         self.waiting: list[tuple[int, Tensor]] = []
         shape = (recipes, len(targets.sequences))
@@ -350,13 +381,18 @@ class _Walk:
         scorer, layer = self.scorer, symbol.call.layer
         self.tell(self.made)
         self.made += 1
+
+        def call(states: Sequence[Tensor]) -> States:
+            return call_layer(scorer.body, layer, self.levels, states)
+
         with contextlib.ExitStack() as stack:
-            if symbol.edits and scorer.wear is not None:
-                stack.enter_context(scorer.wear(layer, symbol.edits))
             if symbol.call.half != "whole":
                 split = halves(scorer.model, scorer.body, layer)
                 stack.enter_context(split.only(scorer.body.layers[layer], symbol.call.half))
-            return call_layer(scorer.body, layer, self.levels, states)
+            if not symbol.edits or scorer.wear is None:
+                return self.recorder.call((layer, symbol.call.half), call, states)
+            stack.enter_context(scorer.wear(layer, symbol.edits))
+            return call(states)
 
     def visit(self, places: Sequence[Place], states: States) -> None:
         """Everything that follows from one state; the largest part is walked last and without recursion."""

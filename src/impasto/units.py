@@ -139,7 +139,7 @@ def _sparingly(recipes: Sequence[Recipe], least: int, most: int) -> list[tuple[t
 
 
 def _walked(root: Place) -> list[int]:
-    """The recipes in the order in which the engine's walk over the tree meets them."""
+    """The recipes in the order of a walk over the tree that leaves no branch before it is done."""
     order: list[int] = []
     waiting = [root]
     while waiting:
@@ -183,7 +183,8 @@ def _calls(steps: Sequence[Dressed], state: int, names: dict[tuple[int, Dressed]
 def shards(requests: int, trees: Sequence[Node], owners: Sequence[int], *, budget: int, parts: int) -> list[Shard]:
     """The requests in at most about so many shards, none of which shares tokens with another within a batch.
 
-    Batches are never cut, and all sequences of a request (the windows of a long text) stay together.
+    Batches are never cut, and all sequences of a request (the windows of a long text) stay together. They are packed
+    with as little padding as there can be, which cuts finest; whoever runs a shard packs it anew by what a batch costs.
 
     Args:
         requests: how many there are.
