@@ -101,7 +101,7 @@ class Sweep:
         self.chosen = chosen
         self.loaded = load(chosen.model, dtype=chosen.dtype)
         self.sets = build(chosen.tasks.split(","), limit=chosen.limit)
-        self.scorer = Scorer(self.loaded.model, self.loaded.tokenizer)
+        self.scorer = Scorer(self.loaded.model, self.loaded.tokenizer, note=lambda text: print(f"  {text}", flush=True))
         self.requests = [request for task in self.sets for request in task.requests]
         self.identity = Recipe(chosen.model, Schedule.identity(self.loaded.layers))
 
@@ -219,6 +219,7 @@ class Sweep:
             "calls off": Sharing(calls=False),
             "contexts off": Sharing(contexts=False),
             "head off": Sharing(head=False),
+            "launches off": Sharing(launches=False),
         }.items():
             part = Scorer(self.loaded.model, self.loaded.tokenizer, sharing=sharing)
             part.head  # noqa: B018 - examined before the clock runs

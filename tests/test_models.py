@@ -268,3 +268,19 @@ def test_loading_is_silent_and_leaves_logging_alone(tmp_path: Path, capfd: pytes
     models.load(write_gguf(tmp_path / "tiny.gguf", tiny_model(layers=1)), device="cpu")
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
+
+
+class Lossy:
+    """A tokenizer that knows small letters only, as transformers 5.17 makes one of some GGUF files."""
+
+    def encode(self, text: str, **options: object) -> list[int]:
+        return [ord(c) for c in text if not c.isupper()]
+
+    def decode(self, ids: list[int], **options: object) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_a_tokenizer_that_loses_text_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"transformers .* makes a broken tokenizer of x\.gguf .* upgrade"):
+        models._check_round_trip(Lossy(), "x.gguf")
+    models._check_round_trip(tiny_tokenizer(), "x.gguf")

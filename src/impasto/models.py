@@ -32,6 +32,7 @@ from impasto.errors import FetchError, ImpastoError, OutOfMemory, UnknownModel, 
 from impasto.result import Setting
 
 EXACT = 2 << 30  # bytes of float32 up to which a de-quantised model is stored without rounding
+PLAIN = "A Quick Fox, 12 words."  # what any tokenizer should give back
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -394,6 +395,7 @@ def _dequantise(file: Path, folder: Path) -> None:
         dtype = torch.float32 if 4 * size <= EXACT else torch.bfloat16
         model = kind.from_pretrained(**where, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(**where, config=config)
+    _check_round_trip(tokenizer, file.name)
     # The model still carries its quantiser and cannot be saved: put its tensors into a bare one of the same class.
     config = model.config
     for name in ("quantization_config", "_name_or_path"):
@@ -405,6 +407,23 @@ def _dequantise(file: Path, folder: Path) -> None:
     bare.tie_weights()
     bare.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_round_trip(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that loses text.
+
+    Some versions of transformers make of some GGUF files a tokenizer that knows single small letters only: it drops all
+    others, every text becomes several times as long, and all numbers are wrong without a word.
+    """
+    ids = tokenizer.encode(PLAIN, add_special_tokens=False)
+    back = tokenizer.decode(ids, skip_special_tokens=True)
+    if back.strip().lower() != PLAIN.lower() or len(ids) > len(PLAIN):
+        import transformers
+
+        raise UnsupportedModel(
+            f"transformers {transformers.__version__} makes a broken tokenizer of {name} (it reads {PLAIN!r} as "
+            f"{back!r}): upgrade with `pip install -U transformers`, or load the model from its original files"
+        )
 
 
 @contextlib.contextmanager
