@@ -42,6 +42,10 @@ SURFACE = {
     "run": f"MODEL PROMPT --chat --edit --kv --max-new-tokens --schedule -e -s {LOADING}",
     "eval": f"MODEL --apply-chat-template --batch-size --dry-run --edit --include-path --kv --limit --num-fewshot "
     f"--output --ray --schedule --seed --tasks --workers -e -o -s {LOADING}",
+    "bench": f"MODEL --accuracy --batch-sizes --compile --contexts --edit --input-len --mode --new-tokens --num-iters "
+    f"--output --output-len --peers --rounds --schedule -e -o -s {LOADING}",
+    "corpus": "",
+    "corpus count": "SHARDS... --documents --dry-run --field --ignore-case --match --output --pairs --workers -o",
     "report": "FOLDER --output -o",
     "tasks": "[PATTERN] --include-path",
     "fetch": "[NAMES]...",
@@ -109,11 +113,11 @@ def test_every_option_that_stands_twice_says_the_same() -> None:
         for parameter in command.params:
             if parameter.param_type_name == "option" and path:
                 texts.setdefault(parameter.opts[0], set()).add(parameter.help or "")
-    assert {name for name, helps in texts.items() if len(helps) > 1} <= {"--kv", "--output", "--schedule"}
+    assert {name for name, helps in texts.items() if len(helps) > 1} <= {"--kv", "--output", "--schedule", "--workers"}
     assert all(text for helps in texts.values() for text in helps)
 
 
-@pytest.mark.parametrize("path", [path for path in SURFACE if path != "study"])
+@pytest.mark.parametrize("path", [path for path in SURFACE if path not in ("study", "corpus")])
 def test_help_teaches_by_examples_that_parse(path: str, say: Spoken) -> None:
     code, text, errors = say(*path.split(), "--help")
     assert (code, errors) == (0, "")

@@ -34,6 +34,7 @@ MINIMAL: dict[str, list[dict[str, Any]]] = {
     "matrix": [{"row": 0, "column": 0, "value": 1.0}],
     "heatmap": [{"x": 5, "y": 1, "value": 0.5}],
     "bars": [{"label": "a", "value": 0.5}],
+    "frontier": [{"x": 0.9, "y": 0.5}],
     "scatter": [{"x": 10.0, "y": 0.5}],
 }
 
@@ -312,7 +313,7 @@ def test_unknown_kind() -> None:
         plots.draw(figure("heat_map", []))
     assert str(error.value) == (
         "figure 'one': no drawing is called 'heat_map'; did you mean 'heatmap'? (there are affected_curves, bars, "
-        "heatmap, layer_curve, matrix, scatter, states, summary_curves, trace)"
+        "frontier, heatmap, layer_curve, matrix, scatter, states, summary_curves, trace)"
     )
 
 

@@ -31,6 +31,7 @@ FAMILY = re.compile(
 WHERE_NAMES_ARE_DATA = {
     SOURCES / "fetch.py",  # the table of packages that can be fetched
     SOURCES / "studies" / "paper.py",  # what the paper found, and on which model
+    SOURCES / "studies" / "laser" / "paper.py",  # likewise
 }
 
 

@@ -17,6 +17,7 @@ from impasto.models import LoadedModel
 from impasto.runtime import KV, Probe, scheduled
 from impasto.schedule import Schedule
 from impasto.surgery import Report, edited
+from impasto.teams import Team
 
 
 @contextlib.contextmanager
@@ -27,6 +28,7 @@ def applied(
     *,
     kv: KV = "exact",
     probe: Probe | None = None,
+    team: Team | None = None,
     calibration: Calibration | None = None,
 ) -> Iterator[Any]:
     """Run a model with other layers, in another order, with edited weights.
@@ -42,6 +44,7 @@ def applied(
         edits: changes of weight matrices, as values or texts.
         kv: see `impasto.runtime.scheduled`.
         probe: see `impasto.runtime.scheduled`.
+        team: see `impasto.runtime.scheduled`.
         calibration: inputs of the matrices, for rules with w; made from a few built-in texts where it is None and
             `model` is what `load` gave.
 
@@ -57,7 +60,7 @@ def applied(
         elif edits:
             stack.enter_context(edited(live, edits, calibration=calibration))
         if schedule is not None:
-            stack.enter_context(scheduled(live, schedule, kv=kv, probe=probe))
+            stack.enter_context(scheduled(live, schedule, kv=kv, probe=probe, team=team))
         yield live
 
 
@@ -74,4 +77,4 @@ def worn(loaded: LoadedModel, edits: Iterable[Edit | str]) -> AbstractContextMan
         kept = cache_root() / "calibration"
         weights = loaded.setting.weights
         calibration = calibrate(loaded.model, values, tokenizer=loaded.tokenizer, folder=kept, weights=weights)
-    return edited(loaded.model, values, calibration=calibration)
+    return edited(loaded.model, values, calibration=calibration, folder=cache_root() / "svd")

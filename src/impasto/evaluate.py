@@ -16,6 +16,8 @@ from typing import Protocol, cast
 from impasto.apply import worn
 from impasto.edit import Edit
 from impasto.errors import ImpastoError
+from impasto.fast import hastened
+from impasto.fetch import cache_root
 from impasto.generation import respond
 from impasto.models import LoadedModel
 from impasto.recipe import Recipe
@@ -269,6 +271,7 @@ def scorer_of(
         budget=batch_tokens,
         sharing=sharing or Sharing(),
         wear=wear,
+        folder=cache_root() / "svd",
         note=note or (lambda text: None),
     )
 
@@ -292,6 +295,7 @@ def write(
             kv=kv,
             encode=encode,
             on_response=on_response,
+            hasten=hastened,
         )
 
 

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from impasto.anatomy import Anatomy, anatomy, input_device, probe_inputs, quietly, text_config
 from impasto.edit import Edit
 from impasto.errors import UnsupportedModel, UsageError
+from impasto.generation import Size
 from impasto.graphs import Backend, Cuda, Eager, Work
 from impasto.pieces import Compile, Pieces
 from impasto.program import Program
@@ -32,6 +33,7 @@ from impasto.schedule import Schedule
 from impasto.stacks import Stacks
 from impasto.surgery import edited
 from impasto.taps import tapped
+from impasto.teams import Team, absent
 
 SMALLEST_BUCKET = 256  # columns
 PROBE = 12  # tokens of the prompt on which a decoder is compared with the plain runtime
@@ -39,6 +41,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative error of logi
 PROMPT_SIZES = (16, 32, 64, 128, 256, 512)  # longer prompts keep the device busy unrecorded
 _PROBLEMS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 Branches = Literal["stacked", "streams", "series"]
+# What was measured on one GPU, for layers as the model has them: seconds that a recorded step saves per layer call, and
+# what recording takes, in all and per layer call.
+SAVED, RECORDING, CHECKING = 6e-4, 0.5, 5e-3
 POLL = 16  # steps between two looks at whether all rows have ended
 
 
@@ -87,6 +92,7 @@ def fast(
     branches: Branches = "stacked",
     compile: Compile = "off",
     options: Mapping[str, Any] | None = None,
+    team: Team | None = None,
 ) -> Iterator[Decoder]:
     """Compile `model` under a recipe for greedy decoding, for the length of a `with` block.
 
@@ -110,9 +116,12 @@ def fast(
         compile: "inductor" compiles embedding, layers and head with torch's compiler, layers of equal structure once;
             "traced" runs the same graphs operation by operation (for tests); "off" records the modules as they are.
         options: settings of torch's compiler.
+        team: processes that share the members of parallel groups, as `impasto.teams.join` gives them; each has a
+            decoder of its own, and all make the same calls at the same time. The sums that end groups are recorded
+            with everything else.
 
     Raises:
-        UsageError: sizes that cannot be, or a device that cannot record.
+        UsageError: sizes that cannot be, a device that cannot record, or a team that does not play the same.
         UnsupportedModel: the model keeps more than keys and values, reads values of tensors while it runs, or its
             steps differ from the plain runtime's.
         NotationError: a text that cannot be read, or that does not fit this model.
@@ -143,7 +152,7 @@ def fast(
         if prompt_sizes is None:
             prompt_sizes = PROMPT_SIZES if capture else ()
         widths = tuple(sorted({min(size, context) for size in prompt_sizes}))
-        program = Program(live, body, schedule, device, backend, batch, context)
+        program = Program(live, body, schedule, device, backend, batch, context, team)
         stack.enter_context(tapped(body.layers, program.player))
         stacks = Stacks(live) if branches == "stacked" else None
         if stacks is not None:
@@ -151,6 +160,28 @@ def fast(
         decoder = Decoder(program, backend, sizes, widths, stacks)
         decoder.prepare(compile, dict(options or {}))
         yield decoder
+
+
+def pays(model: nn.Module, schedule: Schedule | str, steps: int) -> bool:
+    """Whether so many steps are surely shorter with a recording than without, the recording included.
+
+    Small layers keep a GPU waiting for the host, which recording ends; large ones gain less than is assumed here, but
+    with them a step takes so long that recording is short beside it. Answers may end early, so half of the steps count.
+    """
+    if input_device(model).type != "cuda":
+        return False
+    if isinstance(schedule, str):
+        schedule = Schedule.parse(schedule, layers=anatomy(model).depth)
+    return steps / 2 * SAVED * schedule.calls > RECORDING + CHECKING * schedule.calls
+
+
+def hastened(
+    model: nn.Module, schedule: Schedule | str, size: Size
+) -> contextlib.AbstractContextManager[Decoder] | None:
+    """A decoder for so much work where it pays, else None; what `impasto.generation.generate` takes as `hasten`."""
+    if not pays(model, schedule, size.steps):
+        return None
+    return fast(model, schedule, batch=size.rows, context=max(size.columns, 2))
 
 
 def _supported(model: nn.Module) -> Anatomy:
@@ -163,7 +194,8 @@ def _supported(model: nn.Module) -> Anatomy:
         raise UnsupportedModel(f"layers of {name} keep more than keys and values; static slots hold nothing else")
     if any("_impasto_tap" in layer.__dict__ for layer in body.layers):
         raise UsageError("this model already runs under a schedule: leave that `with` block first")
-    if len({p.device for p in model.parameters()}) > 1:
+    elsewhere = {p for layer in body.layers if absent(layer) for p in layer.parameters()}  # in other processes
+    if len({p.device for p in model.parameters() if p not in elsewhere}) > 1:
         raise UnsupportedModel(f"the weights of {name} are on several devices; one recorded step runs on one")
     return body
 
@@ -328,30 +360,46 @@ class Decoder:
             expected = self._plain(prompts)
             self._require(self._error(prompts, expected), "with static slots")
         for visible in self.buckets if compile != "off" else ():
-            try:
-                self._compile(visible, prompts, expected, compile, options)
-            except (UnsupportedModel, *_PROBLEMS) as problem:
-                if self.stacks is None:
-                    raise
+            problem = self._compile(visible, prompts, expected, compile, options)
+            if self.stacks is not None and problem is not None:
                 self.stacks = None
                 self._note(f"stacked branches do not run ({problem}): one stream each")
-                self._pieces.pop(visible, None)
-                self._compile(visible, prompts, expected, compile, options)
+                problem = self._compile(visible, prompts, expected, compile, options)
+            if problem is not None:
+                raise problem
         self._live_prefill(prompts)
         self._steps[self._visible()] = self._recorded_step(self._visible())
 
     def _compile(
         self, visible: int, prompts: list[list[int]], expected: list[Tensor], compile: Compile, options: dict[str, Any]
-    ) -> None:
+    ) -> Exception | None:
+        """Compile the step that sees so many columns; returns what went wrong, here or in another process."""
         self._live_prefill(prompts)
-        with self._timed("trace"):
-            pieces = Pieces(self.program, visible, self.stacks)
-        with self._timed("compile"):
-            pieces.compile(compile, options)
-            self._pieces[visible] = pieces
-            self._require(self._error(prompts, expected), "compiled")
+        problem: Exception | None = None
+        try:
+            with self._timed("trace"):
+                pieces = Pieces(self.program, visible, self.stacks)
+            with self._timed("compile"):
+                pieces.compile(compile, options)
+        except (UnsupportedModel, *_PROBLEMS) as found:
+            problem = found
+        if not self._agreed(problem is None):
+            return problem or UnsupportedModel("another process of the team cannot compile its share")
+        self._pieces[visible] = pieces
+        try:
+            with self._timed("compile"):
+                self._require(self._error(prompts, expected), "compiled")
+        except (UnsupportedModel, *_PROBLEMS) as found:
+            del self._pieces[visible]
+            return found
         for note in pieces.notes:
             self._note(note)
+        return None
+
+    def _agreed(self, ready: bool) -> bool:
+        """Whether all processes of the team are ready."""
+        team = self.program.player.team
+        return ready if team is None else team.lowest(ready) == 1
 
     def _note(self, note: str) -> None:
         if note not in self.report.notes:
@@ -399,7 +447,7 @@ class Decoder:
         pads = torch.tensor([longest - len(row) for row in prompts], device=program.device)
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=program.device)
         cache, found, before = DynamicCache(config=text_config(program.model)), [], 0
-        player = Player(program.model, program.body, program.player.schedule, "exact")
+        player = Player(program.model, program.body, program.player.schedule, "exact", team=program.player.team)
         with tapped(program.body.layers, player):
             for _ in range(3):
                 columns = torch.arange(before + ids.shape[1], device=program.device)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ Encode = Callable[[str], list[int]]
 
 BUDGET = {"cpu": 16_384, "cuda": 131_072}  # tokens in one batch's cache, prompts and answers, before memory says more
 MAX_NEW_TOKENS = 256  # where a harness request does not say
+ROWS = 64  # at most so many are decoded together by a decoder, whose rows stay until the last has ended
+_LOOK = {True: 2, False: 16}  # steps between two looks at what a decoder wrote: where somebody reads along, and else
 _WINDOW = 2048  # where neither the model nor its tokenizer says
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first one given wins
@@ -39,6 +42,38 @@ _NEUTRAL = (
     "max_length max_new_tokens use_cache cache_implementation cache_config return_dict_in_generate output_attentions "
     "output_hidden_states output_scores output_logits num_return_sequences disable_compile"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much a decoder would have to write.
+
+    Attributes:
+        rows: at a time.
+        columns: tokens of the longest row, prompt and answer together.
+        steps: tokens to be made one after another, all batches together; an upper limit.
+    """
+
+    rows: int
+    columns: int
+    steps: int
+
+
+class Decoding(Protocol):
+    """What writes the likeliest tokens of a batch of rows; `impasto.fast.Decoder` does."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read prompts, and choose their first tokens."""
+
+    def step(self) -> Tensor:
+        """One token more in every row."""
+
+    def new_tokens(self) -> list[list[int]]:
+        """What was chosen since the prompts were read, row by row; -1 where logits were not finite."""
+
+
+Hasten = Callable[[nn.Module, Schedule | str, Size], AbstractContextManager[Decoding] | None]
+"""Gives a decoder for so much work, or None where making it takes longer than it saves: `impasto.fast.hastened`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +113,7 @@ def generate(
     window: int | None = None,
     encode: Encode | None = None,
     on_token: Callable[[int, str], None] | None = None,
+    hasten: Hasten | None = None,
 ) -> list[Generated]:
     """Continue every prompt with the likeliest tokens, one after another.
 
@@ -99,6 +135,7 @@ def generate(
         encode: turns a text into token ids; without it the tokenizer does, adding no special tokens.
         on_token: called with the number of a prompt and the next piece of its text, as soon as later tokens cannot
             change that piece. The pieces of one prompt, joined, are its text.
+        hasten: see `Hasten`; the plain runtime writes what it does not, and everything under `kv="mean"`.
 
     Returns:
         One `Generated` per prompt, in their order.
@@ -110,8 +147,7 @@ def generate(
     writer = _Writer.of(model, tokenizer, window, encode)
     rows = [writer.row(i, prompt, max_new_tokens, until) for i, prompt in enumerate(prompts)]
     stream = None if on_token is None else _Stream(writer, on_token)
-    with quietly(model), scheduled(model, schedule, kv=kv):
-        answers = {row.place: made for row, made in _batches(writer, rows, token_budget, stream)}
+    answers = {row.place: made for row, made in _written(writer, schedule, rows, token_budget, stream, kv, hasten)}
     return [answers[i] for i in range(len(rows))]
 
 
@@ -126,6 +162,7 @@ def respond(
     window: int | None = None,
     encode: Encode | None = None,
     on_response: Callable[[int, Response], None] | None = None,
+    hasten: Hasten | None = None,
 ) -> list[Response]:
     """Answer the harness's "generate" requests, each with the options it carries.
 
@@ -143,6 +180,7 @@ def respond(
         window: see `generate`.
         encode: see `generate`.
         on_response: called with the number of a request and its answer, as soon as it is there.
+        hasten: see `generate`.
 
     Returns:
         One `Response` per request, in their order: text (None where logits were not finite), count of tokens, whether
@@ -168,12 +206,14 @@ def respond(
         if on_response is not None:
             on_response(place, answers[place])
 
-    with quietly(model), scheduled(model, schedule, kv=kv):
-        for row, made in _batches(writer, [r for r, o in rows if plain and o.plain], token_budget, None):
-            keep(row.place, made)
-        for row, options in rows:
-            if row.place not in answers:
-                keep(row.place, _own_generate(writer, row, options, requests[row.place].fingerprint))
+    simple = [row for row, options in rows if plain and options.plain]
+    for row, made in _written(writer, schedule, simple, token_budget, None, kv, hasten):
+        keep(row.place, made)
+    if len(answers) < len(rows):
+        with quietly(model), scheduled(model, schedule, kv=kv):
+            for row, options in rows:
+                if row.place not in answers:
+                    keep(row.place, _own_generate(writer, row, options, requests[row.place].fingerprint))
     return [answers[i] for i in range(len(rows))]
 
 
@@ -330,6 +370,104 @@ class _Stream:
             self.on_token(row.place, text[told:])
 
 
+def _written(
+    writer: _Writer,
+    schedule: Schedule | str,
+    rows: Sequence[_Row],
+    budget: int | None,
+    stream: _Stream | None,
+    kv: KV,
+    hasten: Hasten | None,
+) -> Iterator[tuple[_Row, Generated]]:
+    """Every row with its answer: by a decoder where that pays, and what is left by the plain runtime."""
+    done: set[int] = set()
+    if hasten is not None and kv == "exact" and rows:
+        for row, made in _hastened(writer, schedule, rows, budget, stream, hasten):
+            done.add(row.place)
+            yield row, made
+    left = [row for row in rows if row.place not in done]
+    if left:
+        with quietly(writer.model), scheduled(writer.model, schedule, kv=kv):
+            yield from _batches(writer, left, budget, stream)
+
+
+def _hastened(
+    writer: _Writer,
+    schedule: Schedule | str,
+    rows: Sequence[_Row],
+    budget: int | None,
+    stream: _Stream | None,
+    hasten: Hasten,
+) -> Iterator[tuple[_Row, Generated]]:
+    """Rows with their answers by a decoder; ends early where there is none, it is refused, or memory runs out."""
+    budget = BUDGET.get(writer.device.type, BUDGET["cuda"]) if budget is None else budget
+    waiting = sorted(rows, key=lambda row: (-len(row.prompt), row.place))
+    columns = max(row.size for row in rows)
+    count = max(1, min(len(rows), ROWS, budget // columns))
+    batches = [waiting[first : first + count] for first in range(0, len(waiting), count)]
+    steps = sum(max(row.limit for row in batch) for batch in batches)
+    found = hasten(writer.model, schedule, Size(count, columns, steps))
+    if found is None:
+        return
+    try:
+        with found as decoder:
+            for batch in batches:
+                yield from zip(batch, _answer_by(decoder, writer, batch, stream), strict=True)
+    except UnsupportedModel:
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+    memory.free()
+
+
+def _answer_by(decoder: Decoding, writer: _Writer, rows: Sequence[_Row], stream: _Stream | None) -> list[Generated]:
+    """The answers to one batch of rows by a decoder, which is looked at now and then."""
+    began = time.perf_counter()
+    new: list[list[int]] = [[] for _ in rows]
+    broken: set[int] = set()
+    done: dict[int, float] = {}
+    limit = max(row.limit for row in rows)
+    decoder.prefill([row.prompt for row in rows])
+    first, made = 0.0, 1
+    while True:
+        found = decoder.new_tokens()
+        now = time.perf_counter()
+        first = first or now
+        for index, row in enumerate(rows):
+            for token in found[index][len(new[index]) :]:
+                if index in done:
+                    break
+                if token < 0:
+                    broken.add(index)
+                else:
+                    new[index].append(token)
+                ended = token < 0 or writer.ended(row, new[index])
+                if ended:
+                    done[index] = now
+                if stream is not None:
+                    stream(row, new[index], ended)
+        if len(done) == len(rows):
+            return [_generated(writer, row, new[i], began, first, done[i], i in broken) for i, row in enumerate(rows)]
+        for _ in range(min(_LOOK[stream is not None], limit - made)):
+            decoder.step()
+            made += 1
+
+
+def _generated(
+    writer: _Writer, row: _Row, new: Sequence[int], began: float, first: float, ended: float, broken: bool
+) -> Generated:
+    return Generated(
+        text=writer.text(row, new),
+        tokens=len(new),
+        new_token_ids=tuple(new),
+        seconds_prefill=first - began,
+        seconds_decode=ended - first,
+        truncated=row.truncated,
+        finite=not broken,
+    )
+
+
 def _batches(
     writer: _Writer, rows: Sequence[_Row], budget: int | None, stream: _Stream | None
 ) -> Iterator[tuple[_Row, Generated]]:
@@ -413,18 +551,7 @@ def _answer(writer: _Writer, rows: Sequence[_Row], stream: _Stream | None) -> li
             cache.reorder_cache(kept)  # as for beams; unlike batch_select_indices, slots of every kind know it
             pads = None if pads is None or not any(padding[alive[i]] for i in stay) else pads[kept]
         alive = [alive[i] for i in stay]
-    return [
-        Generated(
-            text=writer.text(row, new[i]),
-            tokens=len(new[i]),
-            new_token_ids=tuple(new[i]),
-            seconds_prefill=first - began,
-            seconds_decode=done[i] - first,
-            truncated=row.truncated,
-            finite=i not in broken,
-        )
-        for i, row in enumerate(rows)
-    ]
+    return [_generated(writer, row, new[i], began, first, done[i], i in broken) for i, row in enumerate(rows)]
 
 
 @dataclass(frozen=True, slots=True)

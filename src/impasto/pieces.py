@@ -12,6 +12,7 @@ from impasto.levels import record
 from impasto.program import Program
 from impasto.regions import Compiled, Region, compile_region, interpret_region, trace
 from impasto.schedule import Call, Group
+from impasto.shares import Share
 from impasto.stacks import Stacks, Unit, plain_branches, stack
 from impasto.taps import Context
 
@@ -77,7 +78,8 @@ class Pieces:
                 return player.apart(group, hidden)
             player.now.place += stacked.calls
             player.now.slot += stacked.slots
-            return unit(number, hidden)
+            merged = unit(number, hidden)
+            return player.meet(merged, hidden) if isinstance(group, Share) else merged
 
         player.around = lambda number, call, slot, hidden: unit(number, hidden)
         player.beside = group
@@ -136,10 +138,11 @@ class Pieces:
 
         program.clock.go_on(self.visible)
         player.around, player.beside = call, group if self.stacks is not None else None
+        player.alone = True  # a process whose tracing fails must not leave the others waiting
         try:
             hidden = player.run(hidden)
         finally:
-            player.around, player.beside, player.now.contexts = None, None, []
+            player.around, player.beside, player.now.contexts, player.alone = None, None, [], False
 
         def tail(hidden: Tensor, *_: Tensor) -> list[Tensor]:
             program.clock.go_on(self.visible)
@@ -161,7 +164,7 @@ class Pieces:
     def _stack(self, group: Group, numbers: range, slot: int, hidden: Tensor, tensors: list[Tensor]) -> None:
         """Put one unit in the place of those of a group's calls, if its branches are of equal structure."""
         calls = plain_branches(group)
-        if calls is None or self.stacks is None:
+        if calls is None or self.stacks is None or len(calls) < 2:
             return
         length = len(calls[0])
         units = [self._units[number] for number in numbers]

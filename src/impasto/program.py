@@ -15,21 +15,23 @@ from transformers.cache_utils import Cache
 
 from impasto.anatomy import Anatomy
 from impasto.graphs import Backend
-from impasto.runtime import Player, merge
+from impasto.runtime import Player
 from impasto.schedule import Call, Group, Schedule
 from impasto.slots import MeanSlot, SlotView
 from impasto.static import Clock, StaticSlots
-from impasto.steps import leaves
 from impasto.taps import hidden_of, real_call
+from impasto.teams import Team
 
 
 class StaticPlayer(Player):
     """Plays the schedule on static slots; branches of a group side by side; compiled regions where there are some."""
 
-    def __init__(self, model: nn.Module, body: Anatomy, schedule: Schedule, memory: StaticSlots, backend: Backend):
-        super().__init__(model, body, schedule, "exact")
-        self.memory = memory
+    def __init__(
+        self, model: nn.Module, body: Anatomy, schedule: Schedule, backend: Backend, team: Team | None = None
+    ) -> None:
+        super().__init__(model, body, schedule, "exact", team=team)
         self.backend = backend
+        self.alone = False  # parts of groups are not summed over processes: for tracing, which wants shapes only
         self.around: Callable[[int, Call, int, Tensor], Tensor] | None = None  # called instead of `live`
         self.beside: Callable[[Group, Tensor], Tensor] | None = None  # called instead of `apart`
         self.result: Tensor | None = None  # what the last layer hands on, instead of the schedule's outcome
@@ -39,7 +41,7 @@ class StaticPlayer(Player):
         if self.result is not None:
             return self.result
         self.now.slot = self.now.place = 0
-        return self.series(self.schedule.steps, hidden)
+        return self.series(self.steps, hidden)
 
     def call(self, call: Call, hidden: Tensor, shared: MeanSlot | None = None) -> Tensor:
         """One layer call, in a slot of its own."""
@@ -68,12 +70,18 @@ class StaticPlayer(Player):
 
     def apart(self, group: Group, hidden: Tensor) -> Tensor:
         """Each branch where the backend runs it, and their merge."""
+        if len(group.branches) < 2:  # of a group that is shared with other processes
+            return self.merged(group, [self.series(branch, hidden) for branch in group.branches], hidden)
         outputs: list[Tensor] = []
         with self.backend.fork(len(group.branches)) as places:
             for place, branch in zip(places, group.branches, strict=True):
                 with place:
                     outputs.append(self.series(branch, hidden))
-        return merge(outputs, hidden, group.merge)
+        return self.merged(group, outputs, hidden)
+
+    def meet(self, part: Tensor, hidden: Tensor) -> Tensor:
+        """The sum of all processes' parts, in the form of `hidden`; while tracing, what this process has of it."""
+        return part.to(hidden.dtype) if self.alone else super().meet(part, hidden)
 
 
 class Program:
@@ -96,13 +104,14 @@ class Program:
         backend: Backend,
         batch: int,
         context: int,
+        team: Team | None = None,
     ) -> None:
         self.model = model
         self.body = body
         self.device = device
         self.clock = Clock(context, device)
-        self.memory = StaticSlots(self.clock, sum(call.half != "mlp" for call in leaves(schedule.steps)))
-        self.player = StaticPlayer(model, body, schedule, self.memory, backend)
+        self.player = StaticPlayer(model, body, schedule, backend, team)
+        self.memory = StaticSlots(self.clock, len(self.player.slots))
         self.padded = batch > 1 or "position_ids" not in body.arguments
         self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.pads = torch.zeros(batch, dtype=torch.long, device=device)

@@ -22,9 +22,11 @@ from impasto.anatomy import Anatomy, anatomy
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.halves import halves
 from impasto.schedule import Schedule
+from impasto.shares import Share
 from impasto.slots import MeanSlot, SlotView, count, lay_out
 from impasto.steps import Call, Group, Step, leaves
 from impasto.taps import Context, hidden_of, real_call, same, tapped
+from impasto.teams import Team, assigned, check_present, partial
 
 KV = Literal["exact", "mean"]
 _GENERATION = ("_valid_auto_compile_criteria", "_cache")  # what `generate` looks up on the model itself
@@ -48,7 +50,12 @@ Probe = Callable[[Event], None]
 
 @contextlib.contextmanager
 def scheduled(
-    model: nn.Module, schedule: Schedule | str, *, kv: KV = "exact", probe: Probe | None = None
+    model: nn.Module,
+    schedule: Schedule | str,
+    *,
+    kv: KV = "exact",
+    probe: Probe | None = None,
+    team: Team | None = None,
 ) -> Iterator[nn.Module]:
     """Run `model` under `schedule` for the length of a `with` block.
 
@@ -66,17 +73,20 @@ def scheduled(
         kv: "exact" gives each layer call a cache slot of its own; "mean" shares one slot of averages among the
             members of a parallel group, as the painters paper's code does (for comparison only).
         probe: called with an `Event` for the embeddings, every call's output and every merge, in order.
+        team: processes that share the members of parallel groups, as `impasto.teams.join` gives them; all of them make
+            the same calls at the same time. Probes and `hidden_states` then see the calls of this process only.
 
     Raises:
         NotationError: the schedule does not fit this model.
         UnsupportedModel: the model's layers cannot be scheduled, or a block cannot be halved.
-        UsageError: the model already runs under a schedule, or `kv="mean"` does not fit this one.
+        UsageError: the model already runs under a schedule, `kv="mean"` does not fit this one, weights were left to
+            other processes, or the processes of the team do not play the same.
     """
     body = anatomy(model)
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, layers=body.depth)
     schedule.check(body.depth)
-    player = Player(model, body, schedule, kv, probe)
+    player = Player(model, body, schedule, kv, probe, team)
     if any("_impasto_tap" in layer.__dict__ for layer in body.layers):
         raise UsageError("this model already runs under a schedule: leave that `with` block first")
     with _generation_settings(model), _whole_passes(model, body, player), tapped(body.layers, player):
@@ -101,18 +111,32 @@ class _Pass(threading.local):
 class Player:
     """Records one forward pass's layer contexts, then plays the schedule on them."""
 
-    def __init__(self, model: nn.Module, body: Anatomy, schedule: Schedule, kv: KV, probe: Probe | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        body: Anatomy,
+        schedule: Schedule,
+        kv: KV,
+        probe: Probe | None = None,
+        team: Team | None = None,
+    ) -> None:
         if kv not in ("exact", "mean"):
             raise UsageError(f"kv is 'exact' or 'mean', not {kv!r}")
         self.body = body
         self.schedule = schedule
         self.kv = kv
         self.probe = probe
-        self.slots = _slots(schedule.steps, kv)
+        self.team = team
+        if team is None:
+            check_present(body, schedule.layers_used)
+            self.steps = schedule.steps
+        else:
+            self.steps = assigned(body, schedule, team, kv).steps[team.rank]
+        self.slots = _slots(self.steps, kv)
         self.halves = {
-            call.layer: halves(model, body, call.layer) for call in leaves(schedule.steps) if call.half != "whole"
+            call.layer: halves(model, body, call.layer) for call in leaves(self.steps) if call.half != "whole"
         }
-        self.key = f"{schedule.fingerprint}/{kv}"
+        self.key = f"{schedule.fingerprint}/{kv}" + (f"/{team.rank} of {team.size}" if team is not None else "")
         self.now = _Pass()
         # Muting half of a block changes the block for everyone, so then only one thread at a time may call it.
         self.turn: contextlib.AbstractContextManager[Any] = threading.RLock() if self.halves else nullcontext()
@@ -147,7 +171,7 @@ class Player:
             count(cache, hidden)
         self.now.slot = self.now.place = 0
         self.tell(None, hidden)
-        return self.series(self.schedule.steps, hidden)
+        return self.series(self.steps, hidden)
 
     def cache(self) -> Cache | None:
         """The cache that the model handed to its layers in this pass."""
@@ -200,9 +224,22 @@ class Player:
         else:
             outputs = [self.call(call, hidden, shared) for call in leaves((group,))]
             shared.write()
-        merged = merge(outputs, hidden, group.merge)
-        self.tell(group, merged)
+        merged = self.merged(group, outputs, hidden)
+        self.tell(group.group if isinstance(group, Share) else group, merged)
         return merged
+
+    def merged(self, group: Group, outputs: list[Tensor], hidden: Tensor) -> Tensor:
+        """What the branches of a group make of `hidden`, those that other processes have run among them."""
+        if isinstance(group, Share):
+            return self.meet(partial(outputs, hidden, group), hidden)
+        return merge(outputs, hidden, group.merge)
+
+    def meet(self, part: Tensor, hidden: Tensor) -> Tensor:
+        """The sum of the parts that all processes of the team have, in the form of `hidden`."""
+        assert self.team is not None
+        if part.requires_grad or hidden.requires_grad:
+            raise UsageError("gradients do not travel between processes: run the model under torch.no_grad()")
+        return self.team.sum(part).to(hidden.dtype)
 
     def shared_slot(self) -> MeanSlot | None:
         """The next slot, for all members of a group, where that is asked for."""

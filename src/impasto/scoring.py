@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from impasto.graphs import Backend, Cuda
 from impasto.halves import halves
 from impasto.head import Head
 from impasto.levels import Level, call_layer, prepare, send
+from impasto.nested import RANKS, Nested
 from impasto.recipe import Recipe
 from impasto.recorded import Recorder
 from impasto.result import Request
@@ -103,6 +105,7 @@ class Sharing:
 
     calls: bool = True  # common layer calls of recipes
     contexts: bool = True  # common beginnings of requests
+    ranks: bool = True  # what comes before a matrix that recipes have at several ranks
     head: bool = True  # several recipes' positions in one product
     launches: bool = True  # the kernels of a layer call that is made often, recorded and launched as a whole; on GPUs
 
@@ -118,6 +121,7 @@ class Scorer:
         sharing: which kinds of sharing to use.
         wear: puts edits on a layer for the length of a `with` block.
         window: longest input in tokens; None takes the harness's choice.
+        folder: where components of matrices are kept between runs; None keeps none.
         note: called with a sentence when something happens that the user should know.
     """
 
@@ -127,6 +131,7 @@ class Scorer:
     sharing: Sharing = field(default_factory=Sharing)
     wear: Wear | None = None
     window: int | None = None
+    folder: Path | None = None
     note: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
@@ -230,6 +235,7 @@ class Scorer:
         answers = _Answers(len(recipes), requests, pieces)
         roots = [plant(recipes)] if self.sharing.calls else [_alone(recipes, i) for i in range(len(recipes))]
         calls = sum(count(root).calls for root in roots)
+        nested = Nested(self.model, self.body, self.folder) if self.sharing.ranks else None
         budget = self.budget or 1
         queue = self.pack(self.trees(pieces), budget, calls)
         total = sum(lay_out(batch).padded for batch in queue)
@@ -243,11 +249,15 @@ class Scorer:
                     progress((before + share * here) / whole)
 
             try:
-                values, greedy, rank = self._run(roots, forest, pieces, answers.ranked, len(recipes), calls, tell)
+                values, greedy, rank = self._run(
+                    roots, forest, pieces, answers.ranked, len(recipes), calls, nested, tell
+                )
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not memory.ran_out(error):
                     raise
                 del error
+                if nested is not None:
+                    nested.forget()
                 memory.free()
                 budget = min(budget, forest.padded) // 2
                 smaller = self.pack([tree for rest in queue for tree in rest], max(1, budget), calls)
@@ -276,13 +286,14 @@ class Scorer:
         ranked: NDArray[np.bool_],
         recipes: int,
         calls: int,
+        nested: Nested | None,
         tell: Callable[[float], None],
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int8]]:
         """Of each sequence of a batch, for all recipes: (recipes, sequences) sums, greedy flags, first ranks."""
         with quietly(self.model):
             levels = prepare(self.model, self.body, forest, self.device)
             targets = _Targets(forest, pieces, ranked, self.device)
-            walk = _Walk(self, levels, targets, recipes, lambda made: tell(made / calls))
+            walk = _Walk(self, levels, targets, recipes, nested, lambda made: tell(made / calls))
             for root in roots:
                 walk.visit([root], [level.hidden for level in levels])
             return walk.finish()
@@ -362,9 +373,11 @@ class _Walk:
         levels: Sequence[Level],
         targets: _Targets,
         recipes: int,
+        nested: Nested | None,
         tell: Callable[[int], None],
     ) -> None:
         self.scorer = scorer
+        self.nested = nested
         self.tell = tell
         self.made = 0
         self.levels = levels
@@ -391,8 +404,23 @@ class _Walk:
                 stack.enter_context(split.only(scorer.body.layers[layer], symbol.call.half))
             if not symbol.edits or scorer.wear is None:
                 return self.recorder.call((layer, symbol.call.half), call, states)
-            stack.enter_context(scorer.wear(layer, symbol.edits))
+            worn = None if self.nested is None else self.nested.wearing(layer, symbol.edits)
+            stack.enter_context(scorer.wear(layer, symbol.edits) if worn is None else worn)
             return call(states)
+
+    def calls(self, symbols: Sequence[Symbol], states: States) -> Iterator[States]:
+        """What one state becomes under each of some calls; together where they are ranks of one matrix."""
+        found: list[States] | None = None
+        if self.nested is not None and len(symbols) > 1:
+            edits = [symbol.edits[0] for symbol in symbols]
+            found = self.nested.call(symbols[0].call.layer, edits, self.levels, states)
+        if found is None:
+            yield from (self.call(symbol, states) for symbol in symbols)
+            return
+        for _ in symbols:
+            self.tell(self.made)
+            self.made += 1
+            yield found.pop(0)
 
     def visit(self, places: Sequence[Place], states: States) -> None:
         """Everything that follows from one state; the largest part is walked last and without recursion."""
@@ -405,8 +433,10 @@ class _Walk:
                     self.sums[id(owner), bundle].add(states)
             for place, bundle in way.groups:
                 self.sums[id(place), bundle] = _Sum(bundle, states)
-            for symbol, children in way.sides:
-                self.visit(children, self.call(symbol, states))
+            for alike in _alike(way.sides):
+                symbols = [symbol for symbol, _ in alike]
+                for (_, children), after in zip(alike, self.calls(symbols, states), strict=True):
+                    self.visit(children, after)
             if way.kept is not None:
                 states = self.call(way.kept.symbol, states)
                 if way.kept.now:
@@ -506,6 +536,15 @@ class _Answers:
 
     def scores(self) -> Scores:
         return Scores(self.values, self.greedy, self.tokens, self.truncated, self.rank)
+
+
+def _alike(sides: Sequence[tuple[Symbol, list[Place]]]) -> list[list[tuple[Symbol, list[Place]]]]:
+    """Calls of one whole layer that differ only in the rule for one of its matrices, side by side; the others alone."""
+    found: dict[Hashable, list[tuple[Symbol, list[Place]]]] = {}
+    for symbol, children in sides:
+        single = len(symbol.edits) == 1 and symbol.edits[0].rule.kind in RANKS and symbol.call.half == "whole"
+        found.setdefault((symbol.call, symbol.edits[0].matrix) if single else symbol, []).append((symbol, children))
+    return list(found.values())
 
 
 def _alone(recipes: Sequence[Recipe], index: int) -> Place:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from impasto.regions import Region, trace
 from impasto.runtime import merge
 from impasto.schedule import Call, Group
+from impasto.shares import Share
+from impasto.teams import partial
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +100,17 @@ def plain_branches(group: Group) -> list[tuple[Call, ...]] | None:
     return branches if plain and len({len(calls) for calls in branches}) == 1 else None
 
 
+def _mixed(flow: Tensor, hidden: Tensor, group: Group) -> Tensor:
+    """The merge of branches whose outputs are (branches, batch, positions, width), or a share's part of it."""
+    if isinstance(group, Share):
+        return partial(list(flow.unbind()), hidden, group)
+    return flow.mean(0) if group.merge == "mean" else merge(list(flow.unbind()), hidden, group.merge)
+
+
 def stack(
     group: Group, branches: Sequence[Sequence[Unit]], hidden: Tensor, tensors: Sequence[Tensor], stacks: Stacks
 ) -> Unit:
-    """The units of a group's branches and their merge as one unit.
+    """The units of a group's branches and their merge as one unit; of a share, what it adds to the merge.
 
     Args:
         group: the group.
@@ -147,8 +156,7 @@ def stack(
             )(*values[:count], flow, *values[count:])
             flow, lane = made[0], 0
             extra += made[region.results :]
-        mixed = flow.mean(0) if group.merge == "mean" else merge(list(flow.unbind()), hidden, group.merge)
-        return [mixed, *extra]
+        return [_mixed(flow, hidden, group), *extra]
 
     region = trace(together, [hidden, *own, *[tensors[place] for place in reads]])
     all_units = [unit for branch in branches for unit in branch]

@@ -1,4 +1,4 @@
-"""The command line: `impasto show`, `run`, `eval`, `study`, `report`, `tasks`, `fetch`.
+"""The command line: `impasto show`, `run`, `eval`, `bench`, `study`, `corpus`, `report`, `tasks`, `fetch`.
 
 Commands import what is heavy when they run, so that help is there at once. Whatever goes wrong ends in `main`, as
 one line on standard error and an exit code: 2 for what was asked, 1 for what failed, 130 for Ctrl-C.
@@ -17,6 +17,8 @@ import typer
 from typer.core import TyperGroup
 
 from impasto import __version__, console
+from impasto.cli.bench import bench
+from impasto.cli.corpus import corpus
 from impasto.cli.evaluate import evaluate
 from impasto.cli.run import run
 from impasto.cli.show import show
@@ -25,14 +27,14 @@ from impasto.cli.tasks import fetch, tasks
 from impasto.errors import ImpastoError
 
 INTERRUPTED = 130
-_CONTINUES = ("eval", "study")  # commands that find what they measured before
+_CONTINUES = ("eval", "study", "corpus")  # commands that find what they measured before
 
 
 class _InOrder(TyperGroup):
     """Lists the commands as one meets them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["study", "show", "run", "eval", "report", "tasks", "fetch"]
+        return ["study", "show", "run", "eval", "bench", "corpus", "report", "tasks", "fetch"]
 
 
 app = typer.Typer(
@@ -41,7 +43,9 @@ app = typer.Typer(
 app.command("show")(show)
 app.command("run")(run)
 app.command("eval")(evaluate)
+app.command("bench")(bench)
 app.add_typer(study)
+app.add_typer(corpus)
 app.command("report")(report)
 app.command("tasks")(tasks)
 app.command("fetch")(fetch)

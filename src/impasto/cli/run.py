@@ -123,6 +123,7 @@ def _end(made: Generated) -> str:
 def _generate(
     loaded: LoadedModel, recipe: Recipe, ids: list[int], tokens: int, kv: options.KV, stream: Stream | None
 ) -> Generated:
+    from impasto.fast import hastened
     from impasto.generation import generate
 
     def tell(_: int, piece: str) -> None:
@@ -143,4 +144,5 @@ def _generate(
             kv=kv.value,
             window=loaded.window,
             on_token=tell,
+            hasten=hastened,
         )[0]

@@ -24,7 +24,7 @@ import altair as alt
 from altair.utils.schemapi import debug_mode
 
 from impasto.errors import StoreError, UsageError
-from impasto.plots import curves, grids, points, render
+from impasto.plots import curves, frontier, grids, points, render
 from impasto.plots.frame import NARROW, WIDE, Canvas, Chart, table
 from impasto.plots.theme import DARK, LIGHT, config
 from impasto.result import Figure, Row
@@ -82,6 +82,7 @@ DRAWINGS: Mapping[str, Drawing] = MappingProxyType(
         "matrix": Drawing(grids.matrix, ("row", "column", "value"), ("panel",), ("row", "column", "value")),
         "heatmap": Drawing(grids.heatmap, ("x", "y", "value"), ("panel",), ("x", "y", "value"), ("best",)),
         "bars": Drawing(points.bars, ("value", "low", "high"), ("label", *_BY), ("label", "value")),
+        "frontier": Drawing(frontier.frontier, (*_LINE, "x_low", "x_high"), ("label", *_BY), ("x", "y"), ("frontier",)),
         "scatter": Drawing(points.scatter, (*_LINE, "x_low", "x_high"), ("label", *_BY), ("x", "y"), ("frontier",)),
     }
 )

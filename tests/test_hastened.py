@@ -1,0 +1,98 @@
+"""Text by a decoder where it pays: the same text as the plain runtime's, and the plain runtime wherever it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from impasto import fast as fast_module
+from impasto.errors import UnsupportedModel
+from impasto.fast import fast, hastened, pays
+from impasto.generation import Size, generate, respond
+from impasto.result import Request
+from tiny import tiny_model, tiny_tokenizer
+
+SCHEDULE = "0 {1,2} 3"
+PROMPTS = ["one", "two and three", "and so on and on", "x"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+class Always:
+    """Gives a decoder whatever the work, and notes what it was."""
+
+    def __init__(self) -> None:
+        self.asked: list[Size] = []
+
+    def __call__(self, model: Any, schedule: Any, size: Size) -> Any:
+        self.asked.append(size)
+        return fast(model, schedule, batch=size.rows, context=size.columns)
+
+
+@pytest.mark.parametrize("budget", [None, 60, 1])
+def test_texts_are_the_plain_runtimes(model: Any, budget: int | None) -> None:
+    tokenizer, always = tiny_tokenizer(), Always()
+    options: dict[str, Any] = {"max_new_tokens": 12, "until": ["a"], "token_budget": budget}
+    plain = generate(model, tokenizer, SCHEDULE, PROMPTS, **options)
+    heard: dict[int, str] = {}
+
+    def hear(place: int, piece: str) -> None:
+        heard[place] = heard.get(place, "") + piece
+
+    made = generate(model, tokenizer, SCHEDULE, PROMPTS, **options, hasten=always, on_token=hear)
+    assert [(one.text, one.new_token_ids) for one in made] == [(one.text, one.new_token_ids) for one in plain]
+    assert [heard.get(i, "") for i in range(4)] == [one.text for one in made]
+    rows = {None: 4, 60: 60 // 28, 1: 1}[budget]
+    assert always.asked == [Size(rows, 28, 12 * -(-4 // rows))]
+
+
+def test_requests_that_sample_go_another_way(model: Any) -> None:
+    requests = [
+        Request("generate", "one two", options='{"max_gen_toks": 5}'),
+        Request("generate", "one two", options='{"max_gen_toks": 5, "do_sample": true, "temperature": 1.0}'),
+    ]
+    always = Always()
+    made = respond(model, tiny_tokenizer(), SCHEDULE, requests, hasten=always)
+    assert made == respond(model, tiny_tokenizer(), SCHEDULE, requests)
+    assert [size.rows for size in always.asked] == [1]
+
+
+@pytest.mark.parametrize("problem", [UnsupportedModel("moody"), torch.OutOfMemoryError("out of memory"), None])
+def test_the_plain_runtime_writes_what_is_left(model: Any, problem: Exception | None) -> None:
+    class Broken:
+        def __enter__(self) -> Any:
+            assert problem is not None
+            raise problem
+
+        def __exit__(self, *_: Any) -> None: ...
+
+    found = None if problem is None else Broken()
+    made = generate(model, tiny_tokenizer(), SCHEDULE, PROMPTS, max_new_tokens=4, hasten=lambda *_: found)  # type: ignore[arg-type,return-value]
+    plain = generate(model, tiny_tokenizer(), SCHEDULE, PROMPTS, max_new_tokens=4)
+    assert [one.new_token_ids for one in made] == [one.new_token_ids for one in plain]
+
+
+def test_other_errors_are_not_swallowed(model: Any) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        generate(model, tiny_tokenizer(), SCHEDULE, PROMPTS, max_new_tokens=4, hasten=broken)
+
+
+def test_the_mean_cache_has_no_decoder(model: Any) -> None:
+    always = Always()
+    generate(model, tiny_tokenizer(), SCHEDULE, PROMPTS, max_new_tokens=4, kv="mean", hasten=always)
+    assert always.asked == []
+
+
+def test_long_work_on_a_gpu_pays_and_short_work_does_not(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not pays(model, SCHEDULE, 10**9) and hastened(model, SCHEDULE, Size(1, 10, 10**9)) is None
+    monkeypatch.setattr(fast_module, "input_device", lambda model: torch.device("cuda"))
+    answers = [pays(model, SCHEDULE, steps) for steps in (10, 100, 1000, 10_000)]
+    assert answers == sorted(answers) and answers[0] is False and answers[-1] is True
