@@ -38,6 +38,8 @@ SURFACE = {
     "study": "",
     "study painters": f"[MODEL] --batch-size --dry-run --include-path --limit --methods --output --protocol --ray --seeds "
     f"--tasks --workers -o {LOADING}",
+    "study laser": f"[MODEL] --batch-size --compose --dry-run --include-path --layers --limit --output --protocol --ray "
+    f"--rhos --screen --seed --select --tasks --types --workers -o {LOADING}",
     "show": f"MODEL --schedule -s {LOADING}",
     "run": f"MODEL PROMPT --chat --edit --kv --max-new-tokens --schedule -e -s {LOADING}",
     "eval": f"MODEL --apply-chat-template --batch-size --dry-run --edit --include-path --kv --limit --num-fewshot "
@@ -107,13 +109,16 @@ def test_commands_and_options_are_these_and_no_others() -> None:
     assert found == {path: set(names.split()) for path, names in SURFACE.items()}
 
 
+MAY_DIFFER = {"--kv", "--limit", "--output", "--protocol", "--schedule", "--seed", "--workers"}
+
+
 def test_every_option_that_stands_twice_says_the_same() -> None:
     texts: dict[str, set[str]] = {}
     for path, command in commands():
         for parameter in command.params:
             if parameter.param_type_name == "option" and path:
                 texts.setdefault(parameter.opts[0], set()).add(parameter.help or "")
-    assert {name for name, helps in texts.items() if len(helps) > 1} <= {"--kv", "--output", "--schedule", "--workers"}
+    assert {name for name, helps in texts.items() if len(helps) > 1} <= MAY_DIFFER
     assert all(text for helps in texts.values() for text in helps)
 
 

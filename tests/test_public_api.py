@@ -25,6 +25,7 @@ PUBLIC = [
     "compare_studies",
     "generate",
     "load",
+    "run_laser",
     "run_painters",
     "write_report",
 ]

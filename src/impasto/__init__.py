@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from impasto.scoring import Scorer as Scorer
     from impasto.store import Store as Store
     from impasto.studies.compare import compare as compare_studies
+    from impasto.studies.laser.run import run_laser as run_laser
     from impasto.studies.run import run_painters as run_painters
     from impasto.tasks import available as available_tasks
     from impasto.tasks import build as build_tasks
@@ -57,6 +58,7 @@ _PLACES = {
     "compare_studies": "studies.compare:compare",
     "generate": "generation:generate",
     "load": "models:load",
+    "run_laser": "studies.laser.run:run_laser",
     "run_painters": "studies.run:run_painters",
     "write_report": "report:write",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "compare_studies",
     "generate",
     "load",
+    "run_laser",
     "run_painters",
     "write_report",
 ]

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.text import Text
 
 from impasto import console
 from impasto.cli import options
+from impasto.cli.laser import laser
 from impasto.cli.loading import RUNS, Loading, looking, recorded, require_tokenizer, run_folder
+from impasto.cli.pages import Protocol, planned, show, write
 from impasto.errors import FetchError, UsageError
 from impasto.result import digest
-
-if TYPE_CHECKING:
-    from impasto.result import Answer, Page
-    from impasto.studies.run import StudyPlan
 
 study = typer.Typer(name="study", rich_markup_mode="rich", help="A whole study of one model, as a page.")
 
 _ASKING = "What is asked"
 _LONGEST = 120  # letters of a folder's name that is made of others
-_STYLES = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
-
-
-class Protocol(StrEnum):
-    """How much a study measures."""
-
-    quick = "quick"
-    standard = "standard"
-    paper = "paper"
 
 
 @study.callback(invoke_without_command=True)
@@ -123,8 +109,11 @@ def painters(
         with recorded(store, ["impasto", *sys.argv[1:]], seed=None):
             page = run_painters(loaded, where=where, **asked)
         progress.bytes("drawing the page", 0, 0)
-        path = _write(page, folder)
-    _show(page, path)
+        path = write(page, folder)
+    show(page, path)
+
+
+study.command("laser")(laser)
 
 
 def report(
@@ -154,7 +143,7 @@ def report(
             with Store(folder, readonly=True):
                 pass
         if len(folders) == 1:
-            from impasto.studies.run import page_of
+            from impasto.studies.pages import page_of
 
             page, target = page_of(folders[0]), output or folders[0]
         else:
@@ -163,8 +152,8 @@ def report(
             target = _apart(output or comparison_folder(folders), folders)
             page = compare(folders)
         progress.bytes("drawing the page", 0, 0)
-        path = _write(page, target)
-    _show(page, path)
+        path = write(page, target)
+    show(page, path)
 
 
 def comparison_folder(folders: Sequence[Path]) -> Path:
@@ -185,47 +174,3 @@ def _apart(target: Path, folders: Sequence[Path]) -> Path:
     if any(target.resolve() == folder.resolve() for folder in folders):
         raise UsageError(f"{target} is one of the runs, and has a page of its own: choose another --output")
     return target
-
-
-def _write(page: Page, folder: Path) -> Path:
-    from impasto import report as pages
-
-    return pages.write(page, folder)
-
-
-def _show(page: Page, path: Path) -> None:
-    out = console.output()
-    out.print(answers(page))
-    out.print(Text.assemble("report: ", (console.printable(str(path)), "bold")), soft_wrap=True)
-
-
-def answers(page: Page) -> Group:
-    """Every question with its answer, what it rests on, and what the paper found."""
-    columns = (console.Column("", "left"), console.Column("", "left", fold=True))
-    rows = [(_verdict(answer), _reason(answer)) for answer in page.answers]
-    title, subtitle = console.plain(page.title, "bold"), console.plain(page.subtitle, "dim")
-    return Group(title, subtitle, "", console.table(columns, rows, heading=False))
-
-
-def _verdict(answer: Answer) -> Text:
-    from impasto.report import VERDICTS
-
-    word, sign = VERDICTS[answer.verdict]
-    return Text(f"{sign} {word.lower()}", _STYLES[answer.verdict])
-
-
-def _reason(answer: Answer) -> Text:
-    lines = [console.plain(answer.question, "bold"), console.plain(answer.effect)]
-    if answer.paper:
-        lines.append(console.plain(f"the paper: {answer.paper}", "dim"))
-    return Text("\n").join([*lines, Text()])
-
-
-def planned(plan: StudyPlan) -> Iterator[tuple[str, str]]:
-    """What a study would take, line by line."""
-    yield "recipes", f"{plan.recipes:,}"
-    yield "layer calls", f"{plan.shared_calls:,} shared, {plan.layer_calls:,} one by one"
-    yield "tokens", f"{plan.shared_tokens:,} shared, {plan.tokens:,} one by one"
-    yield "examples", ", ".join(f"{name} {count:,}" for name, count in plan.rows)
-    yield "time", f"about {console.duration(plan.seconds)}; one by one {console.duration(plan.naive_seconds)}"
-    yield "memory", f"about {console.size(plan.bytes)} beside the weights"

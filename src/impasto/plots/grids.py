@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -114,34 +115,41 @@ def heatmap(
     domain: Sequence[float] | None = None,
     fit: tuple[float, float] | None = None,
     best: bool = True,
+    even: bool = False,
+    columns: int | None = None,
     panel_order: Sequence[str] | None = None,
 ) -> Chart:
     """A value for every width (x) and number of iterations (y); the best y of each column is outlined.
 
-    `fit` is slope and intercept of a line drawn over it. Rows may mark the best cells themselves in the field
-    `best`; otherwise it is the largest value of a column, the smaller y where two are equal.
+    With `even` the values of y stand evenly spaced, whatever lies between them. `fit` is slope and intercept of a
+    line drawn over it. Rows may mark the best cells themselves in the field `best`; otherwise it is the largest value
+    of a column, the smaller y where two are equal.
     """
     low, high = domain if domain is not None else span(numbers(rows, "value"))
     colour = _colour(value_title, low, high, canvas)
 
     def build(cell: Cell, mine: Rows) -> Chart:
-        columns, lines = sorted(set(numbers(mine, "x"))), sorted(set(numbers(mine, "y")))
-        across, up = _edges(columns), _edges(lines)
+        places, lines = sorted(set(numbers(mine, "x"))), sorted(set(numbers(mine, "y")))
+        across, up = _edges(places), _evenly(lines) if even else _edges(lines)
         cells = [
             {**row, "x0": across[x][0], "x1": across[x][1], "y0": up[y][0], "y1": up[y][1]}
             for row in mine
             if (x := number(row, "x")) is not None and (y := number(row, "y")) is not None
         ]
-        cell = replace(cell, width=whole(cell.width, len(columns)), height=whole(cell.height, len(lines)))
+        cell = replace(cell, width=whole(cell.width, len(places)), height=whole(cell.height, len(lines)))
         left, right = _reach(across)
         bottom, top = _reach(up)
         x_scale = look(domain=[left, right], nice=False, zero=False)
         y_scale = look(domain=[bottom, top], nice=False, zero=False)
-        x_look = look(title=x_title, values=thin(columns, cell.width // 26), format=FORMAT, domain=False)
+        x_look = look(title=x_title, values=thin(places, cell.width // 26), format=FORMAT, domain=False)
         y_look = look(
             title=y_title if cell.left else None,
-            values=thin(lines, cell.height // 15),
-            format=FORMAT,
+            values=thin([sum(up[line]) / 2 for line in lines] if even else lines, cell.height // 15),
+            **(
+                {"labelExpr": f"{json.dumps([f'{line:g}' for line in lines])}[datum.value]"}
+                if even
+                else {"format": FORMAT}
+            ),
             grid=False,
             domain=False,
         )
@@ -160,13 +168,13 @@ def heatmap(
         return titled(alt.layer(*layers), cell)
 
     count = len(names(rows, "panel"))
-    columns = min(max(count, 1), 2) if canvas.wide else 1
+    across = columns if columns and canvas.wide else min(max(count, 1), 2) if canvas.wide else 1
     height = 16 * len({number(row, "y") for row in rows}) + 40
     height = max(160, min(height, 440 if canvas.wide else 380))
     if canvas.wide and count <= 1:
         wanted = 56 + 34 * len({number(row, "x") for row in rows}) + 60
         canvas = Canvas(max(420, min(canvas.width, wanted)), wide=True)
-    return panels(rows, canvas, build, height=height, order=panel_order, columns=columns, gap=40)
+    return panels(rows, canvas, build, height=height, order=panel_order, columns=across, gap=40)
 
 
 def _fitted(
@@ -218,6 +226,11 @@ def _edges(values: Sequence[float]) -> dict[float, tuple[float, float]]:
         return {}
     borders = [2 * values[0] - middles[0], *middles, 2 * values[-1] - middles[-1]]
     return {value: (borders[place], borders[place + 1]) for place, value in enumerate(values)}
+
+
+def _evenly(values: Sequence[float]) -> dict[float, tuple[float, float]]:
+    """A stretch of axis of length 1 for each value, around its place in the list."""
+    return {value: (place - 0.5, place + 0.5) for place, value in enumerate(values)}
 
 
 def _reach(edges: Mapping[float, tuple[float, float]]) -> tuple[float, float]:

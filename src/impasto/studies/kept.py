@@ -137,7 +137,7 @@ def evidence(store: Store, setting: Setting, asked: Asked) -> Evidence:
         similarity={m.key: m.value for m in measured if m.kind == "similarity"},
         groups={m.key: m.value for m in measured if m.kind == "groups"},
         kv=tuple(_cached(m.value) for m in measured if m.kind == "kv"),
-        facts=facts(store, setting, asked),
+        facts=provenance(store, setting, asked.protocol, asked.source, asked.tasks),
     )
 
 
@@ -151,17 +151,27 @@ def _shown(name: str) -> str:
     return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
 
 
-def facts(store: Store, setting: Setting, asked: Asked) -> dict[str, str]:
-    """Where the numbers of a page come from, in words."""
+def provenance(
+    store: Store, setting: Setting, protocol: str, source: str, tasks: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """Where the numbers of a page come from, in words.
+
+    Args:
+        store: the run folder's store.
+        setting: how the model was run.
+        protocol: name of the study's protocol.
+        source: where the weights came from.
+        tasks: (name, protocol fingerprint) of each task.
+    """
     runs = store.runs()
     first: Run | None = runs[0] if runs else None
     told = {
         "model": _shown(setting.model),
-        "weights": f"{asked.source}, fingerprint {setting.weights[:16]}",
+        "weights": f"{source}, fingerprint {setting.weights[:16]}",
         "computed in": f"{setting.dtype} on {setting.device}, {setting.attention} attention, exact KV cache",
-        "protocol": asked.protocol,
+        "protocol": protocol,
     }
-    for name, info in ((name, store.tasks().get((name, mark), {})) for name, mark in asked.tasks):
+    for name, info in ((name, store.tasks().get((name, mark), {})) for name, mark in tasks):
         if info:
             told[f"task {name}"] = (
                 f"{info['n']} examples, {info['shots']}-shot, version {info['version']}; {info['source']}"

@@ -1,0 +1,219 @@
+"""The questions of the LASER study: how each is decided, and the answer for this model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from impasto.result import Answer
+from impasto.studies.laser import findings, paper
+from impasto.studies.laser.evidence import Evidence, Trial, benchmark_of
+from impasto.studies.laser.findings import FAR, KEPT, SAME, WORTH, Finder
+from impasto.studies.reading import Found, said
+
+ACCURACY = "difference of accuracy"
+_CLEAR = f"yes if the interval lies above zero, no if below {WORTH}"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question, apart from any model; see `impasto.studies.claims.Question` for the fields.
+
+    Attributes:
+        arises: whether the study is one that the question is about.
+    """
+
+    key: str
+    text: str
+    find: Finder
+    needs: str
+    unit: str
+    rule: str
+    figure: str
+    arises: Callable[[Evidence], bool] = lambda _: True
+
+
+QUESTIONS: tuple[Question, ...] = (
+    Question(
+        key="constant",
+        text="Is the gain more than a move towards the more frequent answer?",
+        find=findings.balanced,
+        needs="a task whose right answers have words, such as laser_fever or laser_counterfact",
+        unit="difference of balanced accuracy",
+        rule=f"Mean over tasks of the change of the accuracy with all right answers weighed alike: {_CLEAR}.",
+        figure="gains",
+        arises=lambda evidence: any(len(set(trial.groups)) > 1 for trial in evidence.trials),
+    ),
+    Question(
+        key="loss",
+        text="Does the chosen edit make the right answers likelier?",
+        find=findings.loss,
+        needs="log-likelihoods of right answers",
+        unit="nats per token",
+        rule="Mean over tasks of the loss without minus that with the edit: yes if the interval lies above zero.",
+        figure="losses",
+    ),
+    Question(
+        key="flattered",
+        text="Does choosing the best of many flatter it?",
+        find=findings.flattered,
+        needs="the chosen edit on both parts of a task",
+        unit=ACCURACY,
+        rule=f"Mean over tasks of the gain where the edit was chosen minus that on held-out documents: {_CLEAR}.",
+        figure="gains",
+    ),
+    Question(
+        key="strong",
+        text="Can more than nine tenths of the matrix's components go without harm?",
+        find=findings.strong,
+        needs=f"the chosen matrix cut to {FAR} of its rank or less",
+        unit=ACCURACY,
+        rule=(
+            f"Mean over tasks of the accuracy at the largest share up to {FAR}, minus the model's: yes if the interval "
+            f"lies above {said(-WORTH)}, no if below."
+        ),
+        figure="much",
+    ),
+    Question(
+        key="zero",
+        text="Is a low rank better than taking the matrix away?",
+        find=findings.zero,
+        needs="a chosen edit of some rank, and the model without its matrix",
+        unit=ACCURACY,
+        rule=f"Mean over tasks of the chosen edit minus a matrix of zeros: {_CLEAR}.",
+        figure="much",
+    ),
+    Question(
+        key="pruning",
+        text="Does zeroing the smallest entries do the same as cutting the rank?",
+        find=findings.pruning,
+        needs="the chosen matrix pruned",
+        unit=ACCURACY,
+        rule=(
+            "Mean over tasks of the chosen edit minus pruning that keeps the same share of the entries: yes if the "
+            f"interval lies within {SAME} of zero, no if outside."
+        ),
+        figure="much",
+    ),
+    Question(
+        key="composed",
+        text="Do several edits together beat the best one?",
+        find=findings.composed,
+        needs="a composition (--compose greedy) that accepted something",
+        unit=ACCURACY,
+        rule=f"Mean over tasks of the composition's end minus the chosen single edit: {_CLEAR}.",
+        figure="composition",
+    ),
+    Question(
+        key="late",
+        text="Do the later layers bear cuts better than the earlier ones?",
+        find=findings.late,
+        needs="the same cuts measured in both halves of the layers (--screen 0 measures them all)",
+        unit=ACCURACY,
+        rule="Mean over kinds of cuts of the accuracy in the later half minus the earlier: above zero or below.",
+        figure="layers",
+    ),
+    Question(
+        key="halves",
+        text="Do cuts of the MLP move the accuracy more than cuts of attention?",
+        find=findings.halves,
+        needs="cuts of both halves measured (--types all)",
+        unit=ACCURACY,
+        rule="Mean over layers and shares of the size of the change, MLP minus attention: above zero or below.",
+        figure="layers",
+        arises=lambda evidence: {"mlp", "attention"} <= set(evidence.halves.values()),
+    ),
+    Question(
+        key="nested",
+        text="Does what one cut corrects stay right under stronger cuts?",
+        find=findings.nested,
+        needs="the chosen matrix at several ranks that correct something",
+        unit="share of corrected documents",
+        rule=f"Mean over tasks of the share that stays right: yes if the interval lies above {KEPT}, no if below.",
+        figure="much",
+    ),
+    Question(
+        key="robust",
+        text="Are more facts right in all their wordings?",
+        find=findings.robust,
+        needs="the chosen edit on facts in several wordings",
+        unit="difference of the share of facts",
+        rule=f"Share of facts right in all wordings, with the chosen edit minus without: {_CLEAR}.",
+        figure="gains",
+        arises=lambda evidence: any(map(findings.worded, evidence.trials)),
+    ),
+    Question(
+        key="moved",
+        text="Does the edit do the same in a layer that is moved?",
+        find=findings.moved,
+        needs="the chosen edit under other schedules, in a model of at least three layers",
+        unit=ACCURACY,
+        rule=(
+            "Mean over tasks and schedules of the edit's effect there minus its effect as it is, document by document: "
+            f"yes if the interval lies within {SAME} of zero, no if outside."
+        ),
+        figure="moved",
+    ),
+    Question(
+        key="screening",
+        text="Does one backward pass tell which cuts cost least?",
+        find=findings.screening,
+        needs="at least five candidates that were screened and measured",
+        unit="rank correlation",
+        rule="Foretold and measured change of the loss, over candidates: yes if the interval lies above zero.",
+        figure="screening",
+    ),
+)
+
+
+def answers(evidence: Evidence, figures: Iterable[str]) -> tuple[Answer, ...]:
+    """One answer for each task, then every question about all of them; what was not measured is unclear."""
+    shown = set(figures)
+    arising = (question for question in QUESTIONS if question.arises(evidence))
+    return (*_gains(evidence, shown), *(_answer(question, evidence, shown) for question in arising))
+
+
+def _gains(evidence: Evidence, shown: set[str]) -> Iterator[Answer]:
+    for trial in evidence.trials:
+        found = findings.gain(trial)
+        yield _told(
+            Question(
+                key=f"gain-{trial.name}",
+                text=f"Does a low-rank edit raise the accuracy on {trial.title}?",
+                find=lambda _: None,
+                needs="the chosen edit and the model itself on the held-out documents",
+                unit=ACCURACY,
+                rule=_rule(trial),
+                figure="gains",
+            ),
+            found,
+            paper.found(benchmark_of(trial.name)),
+            shown,
+        )
+
+
+def _rule(trial: Trial) -> str:
+    several = len(set(trial.groups)) > 1
+    fair = ", and so does that with all right answers weighed alike" if several else ""
+    return (
+        f"The edit chosen on other documents minus the model itself: yes if the interval lies above zero{fair}, no if "
+        f"{'one of them' if several else 'it'} lies below {WORTH}."
+    )
+
+
+def _answer(question: Question, evidence: Evidence, shown: set[str]) -> Answer:
+    return _told(question, question.find(evidence), paper.FOUND[question.key], shown)
+
+
+def _told(question: Question, found: Found | None, theirs: str, shown: set[str]) -> Answer:
+    return Answer(
+        key=question.key,
+        question=question.text,
+        verdict=found.verdict if found else "unclear",
+        effect=found.effect if found else f"Not measured: this needs {question.needs}.",
+        estimate=found.estimate if found else None,
+        unit=question.unit,
+        paper=theirs,
+        rule=question.rule,
+        figure=question.figure if question.figure in shown else None,
+    )
