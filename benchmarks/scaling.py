@@ -224,7 +224,7 @@ def planned(model: Model, machine: Machine, crew: Crew, study: Study, asked: Que
     pace = pace_of(model, machine, crew)
 
     def cost(budget: int) -> tuple[float, float, Work]:
-        work = work_of(study, asked, budget, OVERHEAD["cuda"])
+        work = work_of(study, asked, budget, OVERHEAD["cuda", 2])
         streamed = streamed_bytes(model, work, resident_layers(model, machine, crew, pace.bytes(work, budget)))
         return pace.seconds(work) + streamed / machine.host, streamed, work
 

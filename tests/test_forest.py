@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from impasto import forest as cutting
 from impasto.forest import MAX_LEVELS, Forest, Node, batches, grow, lay_out
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
@@ -21,10 +24,10 @@ def path(forest: Forest, sequence: int) -> tuple[int, ...]:
     return tokens
 
 
-@given(SEQUENCES, st.booleans(), st.integers(1, 80))
+@given(SEQUENCES, st.booleans(), st.integers(1, 80), st.sampled_from((0, 1, 5, 100)))
 @settings(max_examples=300, deadline=None)
-def test_every_sequence_stands_once_and_whole(sequences, share, budget):
-    packed = [lay_out(batch) for batch in batches(grow(sequences, share=share), budget)]
+def test_every_sequence_stands_once_and_whole(sequences, share, budget, overhead):
+    packed = [lay_out(batch) for batch in batches(grow(sequences, share=share), budget, overhead)]
     found = [s for forest in packed for s in forest.ends]
     assert sorted(found) == list(range(len(sequences)))
     for forest in packed:
@@ -53,9 +56,9 @@ def test_the_choices_of_a_question_share_it_and_questions_share_the_examples_bef
     for question in range(5):
         asked = examples + tuple(range(1000 + 20 * question, 1020 + 20 * question))
         sequences += [(*asked, choice) for choice in range(4)]
-    forest = lay_out(grow(sequences))
-    assert [len(level) for level in forest.levels] == [1, 5, 20]
-    assert forest.tokens == 100 + 5 * 20 + 20
+    laid = lay_out(grow(sequences))
+    assert [len(level) for level in laid.levels] == [1, 5, 20]
+    assert laid.tokens == 100 + 5 * 20 + 20
 
 
 def test_a_single_common_token_is_not_worth_a_level():
@@ -82,8 +85,37 @@ def test_batches_are_cut_where_that_is_cheapest(sequences, overhead):
     budget = max(lay_out([tree]).padded for tree in trees) + 15  # no tree is split
     packed = [lay_out(batch) for batch in batches(trees, budget, overhead)]
     ordered = sorted(trees, key=lambda tree: (tree.height, len(tree.tokens)), reverse=True)
-    spent = sum(forest.padded + overhead * len(forest.levels) for forest in packed)
-    assert spent == cheapest(ordered, budget, overhead)
+    spent = sum(map(cost(overhead), packed))
+    assert spent <= cheapest(ordered, budget, overhead)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "_shallower", lambda trees, *_: trees)
+        packed = [lay_out(batch) for batch in batches(trees, budget, overhead)]
+    assert sum(map(cost(overhead), packed)) == cheapest(ordered, budget, overhead)
+
+
+def cost(overhead: int) -> Callable[[Forest], int]:
+    return lambda laid: laid.padded + overhead * len(laid.levels)
+
+
+@given(st.lists(TOKENS, min_size=1, max_size=9), st.integers(1, 40))
+@settings(deadline=None)
+def test_levels_that_spare_less_than_they_cost_are_dropped(sequences, overhead):
+    (batch,) = batches(grow(sequences), 10_000, 10_000)  # so dear that one batch of one level is best
+    assert len(lay_out(batch).levels) == 1
+    for batch in batches(grow(sequences), 10_000, overhead):
+        laid = lay_out(batch)
+        flat = lay_out(grow([sequences[s] for s in laid.ends], share=False))
+        assert cost(overhead)(laid) <= cost(overhead)(flat)
+
+
+def test_a_long_common_beginning_stays_a_level():
+    sequences = [(*range(100), 1000 + i) for i in range(4)]
+    (batch,) = batches(grow(sequences), 10_000, 50)
+    assert [len(level) for level in lay_out(batch).levels] == [1, 4]
+    (batch,) = batches(grow(sequences), 10_000, 400)
+    assert [len(level) for level in lay_out(batch).levels] == [4]
+    (batch,) = batches(grow(sequences), 120, 400)  # without it the batch would be too large
+    assert [len(level) for level in lay_out(batch).levels] == [1, 4]
 
 
 def test_no_requests_are_no_batches():

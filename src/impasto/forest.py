@@ -198,7 +198,8 @@ def batches(trees: Sequence[Node], budget: int, overhead: int = 0) -> list[list[
     Args:
         trees: what is to be packed.
         budget: padded tokens of a batch at the most.
-        overhead: what one more level of one more batch costs, in tokens; 0 packs as little padding as there can be.
+        overhead: what one more level of one more batch costs, in tokens; 0 packs as little padding as there can be,
+            and more drops levels that spare less.
     """
     parts = [part for tree in trees for part in _split(tree, budget)]
     parts.sort(key=lambda tree: (tree.height, len(tree.tokens)), reverse=True)
@@ -228,7 +229,36 @@ def batches(trees: Sequence[Node], budget: int, overhead: int = 0) -> list[list[
         first = best[end][1]
         packed.append([part for block in blocks[first:end] for part in block])
         end = first
-    return packed[::-1]
+    return [_shallower(batch, budget, overhead) for batch in packed[::-1]]
+
+
+def _shallower(trees: list[Node], budget: int, overhead: int) -> list[Node]:
+    """The same sequences in fewer levels where that is cheaper: a short common beginning is not worth a level."""
+    best, least = trees, _cost(trees, overhead)
+    for depth in range(1, len(_shape_of(trees)) if overhead else 0):
+        flat = [part for tree in trees for part in _cut(tree, depth)]
+        cost = _cost(flat, overhead)
+        if cost < least and _padded(_shape_of(flat)) <= budget:
+            best, least = flat, cost
+    return best
+
+
+def _cost(trees: Sequence[Node], overhead: int) -> int:
+    shape = _shape_of(trees)
+    return _padded(shape) + overhead * len(shape)
+
+
+def _cut(tree: Node, depth: int) -> list[Node]:
+    """The sequences of a tree in at most so many levels; what is below is spelt out for each of them."""
+    if not tree.children:
+        return [tree]
+    if depth > 1:
+        return [
+            Node(tree.tokens, tuple(part for child in tree.children for part in _cut(child, depth - 1)), tree.members)
+        ]
+    below = [part for child in tree.children for part in _cut(child, 1)]
+    own = [Node(tree.tokens, (), tree.members)] if tree.members else []
+    return own + [Node(tree.tokens + part.tokens, (), part.members) for part in below]
 
 
 def _shape_of(trees: Sequence[Node]) -> Shape:

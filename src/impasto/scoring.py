@@ -43,8 +43,10 @@ from impasto.trie import Bundle, Symbol, count, fork, naive_calls, plant
 from impasto.trie import Node as Place
 
 BUDGET = {"cpu": 2048, "cuda": 65536}  # padded tokens of one batch, before memory says otherwise
-OVERHEAD = {"cpu": 32, "cuda": 6000}  # tokens that a layer could run while another batch is begun
-INTENSITY = {"cpu": 12, "cuda": 160}  # floating-point operations that are done while one byte of weights is read
+# Tokens that a layer could run while another batch is begun, and floating-point operations that are done while one byte
+# of weights is read, by device and bytes of a weight; measured on two cores and on one H200.
+OVERHEAD = {("cpu", 4): 32, ("cpu", 2): 64, ("cuda", 4): 6000, ("cuda", 2): 6000}
+INTENSITY = {("cpu", 4): 8, ("cpu", 2): 40, ("cuda", 4): 16, ("cuda", 2): 160}
 HEAD_ROWS = 1024  # scored positions that the head takes at once
 
 States = list[Tensor]
@@ -178,15 +180,20 @@ class Scorer:
 
     def overhead(self, calls: int) -> int:
         """What one more batch costs, as tokens on which all of so many layer calls could run instead."""
-        return round(OVERHEAD.get(self.device.type, OVERHEAD["cuda"]) + self._head_read / calls)
+        return round(OVERHEAD[self._kind] + self._head_read / calls)
+
+    @property
+    def _kind(self) -> tuple[str, int]:
+        """Which row of `OVERHEAD` and `INTENSITY` is this model's."""
+        width = next(self.body.layers[0].parameters()).element_size()
+        return "cpu" if self.device.type == "cpu" else "cuda", 4 if width > 2 else 2
 
     @functools.cached_property
     def _head_read(self) -> float:
         """Tokens that one layer could run while the weights of the head are read, which each batch does anew."""
         layer = sum(weight.numel() for weight in self.body.layers[0].parameters())
         weight = self.model.get_output_embeddings().weight
-        intensity = INTENSITY.get(self.device.type, INTENSITY["cuda"])
-        return float(weight.numel() * weight.element_size() * intensity / (2 * max(1, layer)))
+        return float(weight.numel() * weight.element_size() * INTENSITY[self._kind] / (2 * max(1, layer)))
 
     def plan(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> Work:
         """What scoring these would take; runs nothing."""
