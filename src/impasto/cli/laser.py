@@ -104,7 +104,7 @@ def laser(
 
     Examples:
       impasto study laser
-      impasto study laser demo --types "*.down_proj" --layers 9:18 --dry-run
+      impasto study laser demo --layers 9:18 --rhos 0.1,0.01 --dry-run
       impasto study laser ./my-model --protocol standard --tasks winogrande,laser_counterfact
       impasto study laser ./my-model --protocol paper --select full --screen 0 --compose authors
     """
