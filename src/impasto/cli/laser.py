@@ -104,9 +104,9 @@ def laser(
 
     Examples:
       impasto study laser
-      impasto study laser demo --layers 9:18 --rhos 0.1,0.01 --dry-run
-      impasto study laser ./my-model --protocol standard --tasks winogrande,laser_counterfact
-      impasto study laser ./my-model --protocol paper --select full --screen 0 --compose authors
+      impasto study laser demo --layers 9:18 --dry-run
+      impasto study laser ./my-model --protocol standard
+      impasto study laser ./my-model --screen 0 --select full
     """
     tokens = options.batch_tokens(batch_size)
     where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)

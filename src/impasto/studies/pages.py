@@ -6,7 +6,6 @@ from pathlib import Path
 
 from impasto.result import Page
 from impasto.store import Store
-from impasto.studies import run
 from impasto.studies.laser import kept as laser
 
 
@@ -19,4 +18,6 @@ def page_of(folder: str | Path) -> Page:
     with Store(folder, readonly=True) as store:
         if laser.is_laser(store):
             return laser.page_of(folder)
-    return run.page_of(folder)
+    from impasto.studies.run import page_of as page_of_painters
+
+    return page_of_painters(folder)
