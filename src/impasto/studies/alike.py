@@ -12,9 +12,9 @@ from scipy import stats
 
 from impasto.result import Answer, Estimate, Verdict
 from impasto.statistics import LEVEL, verdict
-from impasto.studies.claims import Question
 from impasto.studies.protocol import METHODS
-from impasto.studies.reading import Found, listed, with_interval
+from impasto.studies.question import Question
+from impasto.studies.reading import Found, Reading, listed, with_interval
 from impasto.studies.sides import Number, Side, mean_scores, on_one_grid
 from impasto.studies.table import Floats
 
@@ -26,11 +26,11 @@ ALIKE = 0.1
 class Compared:
     """One question of the study and what every run that measured it says."""
 
-    question: Question
+    question: Question[Reading]
     found: Mapping[str, Found]
 
     @classmethod
-    def of(cls, question: Question, sides: Sequence[Side]) -> Compared:
+    def of(cls, question: Question[Reading], sides: Sequence[Side]) -> Compared:
         """The question put to every run."""
         found = {side.name: question.find(side.reading) for side in sides}
         return cls(question, {name: answer for name, answer in found.items() if answer is not None})

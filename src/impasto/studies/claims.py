@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from impasto.result import Answer
 from impasto.studies import findings, loops, states
-from impasto.studies.findings import Finder
 from impasto.studies.loops import PROPORTIONAL
 from impasto.studies.paper import FOUND
+from impasto.studies.question import Question
 from impasto.studies.reading import KEPT, SLIGHT, Reading
 from impasto.studies.states import DISTINCT
 
@@ -17,30 +16,7 @@ SCORE = "normalised score"
 MODERATE = "Averaged over widths from 3 layers to 5, or to a third of a deep model."
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One question, apart from any model.
-
-    Attributes:
-        key: short name.
-        text: the question.
-        find: what the evidence says to it; None where it was not measured.
-        needs: what is lacking then.
-        unit: of the estimate.
-        rule: how the verdict follows.
-        figure: key of the figure that shows it.
-    """
-
-    key: str
-    text: str
-    find: Finder
-    needs: str
-    unit: str
-    rule: str
-    figure: str
-
-
-QUESTIONS: tuple[Question, ...] = (
+QUESTIONS: tuple[Question[Reading], ...] = (
     Question(
         key="skip-one",
         text="Can one middle layer be left out at little cost?",
@@ -271,19 +247,4 @@ QUESTIONS: tuple[Question, ...] = (
 def answers(reading: Reading, figures: Iterable[str]) -> tuple[Answer, ...]:
     """Every question answered for this model; what was not measured is unclear, and says what it needs."""
     shown = set(figures)
-    return tuple(_answer(question, reading, shown) for question in QUESTIONS)
-
-
-def _answer(question: Question, reading: Reading, shown: set[str]) -> Answer:
-    found = question.find(reading)
-    return Answer(
-        key=question.key,
-        question=question.text,
-        verdict=found.verdict if found else "unclear",
-        effect=found.effect if found else f"Not measured: this needs {question.needs}.",
-        estimate=found.estimate if found else None,
-        unit=question.unit,
-        paper=FOUND[question.key],
-        rule=question.rule,
-        figure=question.figure if question.figure in shown else None,
-    )
+    return tuple(question.answer(reading, FOUND[question.key], shown) for question in QUESTIONS)

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from impasto.result import Answer
 from impasto.studies.laser import findings, paper
 from impasto.studies.laser.evidence import Evidence, Trial, benchmark_of
-from impasto.studies.laser.findings import FAR, KEPT, SAME, WORTH, Finder
-from impasto.studies.reading import Found, said
+from impasto.studies.laser.findings import FAR, KEPT, SAME, WORTH
+from impasto.studies.question import Question
+from impasto.studies.reading import said
 
 ACCURACY = "difference of accuracy"
 _CLEAR = f"yes if the interval lies above zero, no if below {WORTH}"
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One question, apart from any model; see `impasto.studies.claims.Question` for the fields.
-
-    Attributes:
-        arises: whether the study is one that the question is about.
-    """
-
-    key: str
-    text: str
-    find: Finder
-    needs: str
-    unit: str
-    rule: str
-    figure: str
-    arises: Callable[[Evidence], bool] = lambda _: True
-
-
-QUESTIONS: tuple[Question, ...] = (
+QUESTIONS: tuple[Question[Evidence], ...] = (
     Question(
         key="constant",
         text="Is the gain more than a move towards the more frequent answer?",
@@ -170,50 +152,25 @@ def answers(evidence: Evidence, figures: Iterable[str]) -> tuple[Answer, ...]:
     """One answer for each task, then every question about all of them; what was not measured is unclear."""
     shown = set(figures)
     arising = (question for question in QUESTIONS if question.arises(evidence))
-    return (*_gains(evidence, shown), *(_answer(question, evidence, shown) for question in arising))
-
-
-def _gains(evidence: Evidence, shown: set[str]) -> Iterator[Answer]:
-    for trial in evidence.trials:
-        found = findings.gain(trial)
-        yield _told(
-            Question(
-                key=f"gain-{trial.name}",
-                text=f"Does a low-rank edit raise the accuracy on {trial.title}?",
-                find=lambda _: None,
-                needs="the chosen edit and the model itself on the held-out documents",
-                unit=ACCURACY,
-                rule=_rule(trial),
-                figure="gains",
-            ),
-            found,
-            paper.found(benchmark_of(trial.name)),
-            shown,
-        )
-
-
-def _rule(trial: Trial) -> str:
-    several = len(set(trial.groups)) > 1
-    fair = ", and so does that with all right answers weighed alike" if several else ""
     return (
-        f"The edit chosen on other documents minus the model itself: yes if the interval lies above zero{fair}, no if "
-        f"{'one of them' if several else 'it'} lies below {WORTH}."
+        *(_gain(trial).answer(trial, paper.found(benchmark_of(trial.name)), shown) for trial in evidence.trials),
+        *(question.answer(evidence, paper.FOUND[question.key], shown) for question in arising),
     )
 
 
-def _answer(question: Question, evidence: Evidence, shown: set[str]) -> Answer:
-    return _told(question, question.find(evidence), paper.FOUND[question.key], shown)
-
-
-def _told(question: Question, found: Found | None, theirs: str, shown: set[str]) -> Answer:
-    return Answer(
-        key=question.key,
-        question=question.text,
-        verdict=found.verdict if found else "unclear",
-        effect=found.effect if found else f"Not measured: this needs {question.needs}.",
-        estimate=found.estimate if found else None,
-        unit=question.unit,
-        paper=theirs,
-        rule=question.rule,
-        figure=question.figure if question.figure in shown else None,
+def _gain(trial: Trial) -> Question[Trial]:
+    """The question of one task."""
+    several = len(set(trial.groups)) > 1
+    fair = ", and so does that with all right answers weighed alike" if several else ""
+    return Question(
+        key=f"gain-{trial.name}",
+        text=f"Does a low-rank edit raise the accuracy on {trial.title}?",
+        find=findings.gain,
+        needs="the chosen edit and the model itself on the held-out documents",
+        unit=ACCURACY,
+        rule=(
+            f"The edit chosen on other documents minus the model itself: yes if the interval lies above zero{fair}, "
+            f"no if {'one of them' if several else 'it'} lies below {WORTH}."
+        ),
+        figure="gains",
     )

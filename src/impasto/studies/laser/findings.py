@@ -22,8 +22,6 @@ from impasto.studies.laser.protocol import SCHEDULES, Use, rho_of
 from impasto.studies.protocol import spread
 from impasto.studies.reading import MINUS, Found, listed, said
 
-Finder = Callable[[Evidence], Found | None]
-
 WORTH = 0.01
 """A difference of accuracy that somebody would care about: one document in a hundred."""
 
