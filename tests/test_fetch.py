@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -281,3 +283,19 @@ def test_changing_what_is_pinned_changes_the_folder(
     other = fetch.Source("a big file", "free for all", things["big"].wheels[:1], things["big"].files, 3003)
     monkeypatch.setattr(fetch, "SOURCES", MappingProxyType({"big": other}))
     assert fetch.location("big") != before
+
+
+def test_sizes_are_read_while_pip_makes_and_removes_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("a/one.whl", 5), ("b/one.whl", 7), ("b/gone/two.whl", 90), ("b/three.whl", 1)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    assert fetch._bytes_below(tmp_path / "a", tmp_path / "b") == 7 + 90 + 1
+    listed = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert fetch._bytes_below(tmp_path / "a", tmp_path / "b") == 7 + 1

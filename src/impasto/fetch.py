@@ -403,11 +403,10 @@ def _bytes_below(*folders: Path) -> int:
     """Bytes of all files below, a name that is in several places counted once."""
     sizes: dict[str, int] = {}
     for folder in folders:
-        for path in folder.rglob("*"):
-            try:
-                sizes[path.name] = max(sizes.get(path.name, 0), path.stat().st_size if path.is_file() else 0)
-            except OSError:  # gone between listing and looking
-                continue
+        for place, _, names in os.walk(folder):  # which passes over folders that are gone when their turn comes
+            for name in names:
+                with suppress(OSError):  # gone between listing and looking
+                    sizes[name] = max(sizes.get(name, 0), Path(place, name).stat().st_size)
     return sum(sizes.values())
 
 
