@@ -131,13 +131,15 @@ def quietly(model: nn.Module) -> Iterator[None]:
 
 def input_device(model: Any) -> torch.device:
     """Where the model wants its inputs, also when accelerate keeps its weights elsewhere."""
-    embedding = model.get_input_embeddings()
+    embedding = None
+    with contextlib.suppress(AttributeError, NotImplementedError):  # a model of images has none
+        embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     places = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
     execution = next((place for place in places if place is not None), None)
     if execution is not None:
         return torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
-    weight: Tensor = next(embedding.parameters())
+    weight: Tensor = next((model if embedding is None else embedding).parameters())
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
 

@@ -189,6 +189,11 @@ def _padded(shape: Shape) -> int:
     return sum(rows * width for rows, width in shape)
 
 
+def _cost(shape: Shape, overhead: int) -> int:
+    """Tokens, padding included, and what the levels cost beside them."""
+    return _padded(shape) + overhead * len(shape)
+
+
 def batches(trees: Sequence[Node], budget: int, overhead: int = 0) -> list[list[Node]]:
     """Pack trees into batches of at most `budget` padded tokens each; a tree that is larger is split below its top.
 
@@ -218,7 +223,7 @@ def batches(trees: Sequence[Node], budget: int, overhead: int = 0) -> list[list[
             shape = _beside(shapes[first], shape)
             if _padded(shape) > budget and first < end - 1:
                 break
-            cost = best[first][0] + _padded(shape) + overhead * len(shape)
+            cost = best[first][0] + _cost(shape, overhead)
             if found is None or cost <= found[0]:
                 found = cost, first
         assert found is not None
@@ -234,18 +239,13 @@ def batches(trees: Sequence[Node], budget: int, overhead: int = 0) -> list[list[
 
 def _shallower(trees: list[Node], budget: int, overhead: int) -> list[Node]:
     """The same sequences in fewer levels where that is cheaper: a short common beginning is not worth a level."""
-    best, least = trees, _cost(trees, overhead)
-    for depth in range(1, len(_shape_of(trees)) if overhead else 0):
+    best, shape = trees, _shape_of(trees)
+    for depth in range(1, len(shape) if overhead else 0):
         flat = [part for tree in trees for part in _cut(tree, depth)]
-        cost = _cost(flat, overhead)
-        if cost < least and _padded(_shape_of(flat)) <= budget:
-            best, least = flat, cost
+        other = _shape_of(flat)
+        if _cost(other, overhead) < _cost(shape, overhead) and _padded(other) <= budget:
+            best, shape = flat, other
     return best
-
-
-def _cost(trees: Sequence[Node], overhead: int) -> int:
-    shape = _shape_of(trees)
-    return _padded(shape) + overhead * len(shape)
 
 
 def _cut(tree: Node, depth: int) -> list[Node]:

@@ -479,7 +479,7 @@ def _batches(
         while count < len(waiting) and _cost(waiting[: count + 1]) <= budget:
             count += 1
         batch = waiting[:count]
-        made = _tried(lambda batch=batch: _answer(writer, batch, stream))  # type: ignore[misc]
+        made = memory.tried(lambda batch=batch: _answer(writer, batch, stream))  # type: ignore[misc]
         if made is None and count == 1:
             raise _too_large(batch[0])
         if made is None:
@@ -498,17 +498,6 @@ def _too_large(row: _Row) -> OutOfMemory:
         f"a single prompt of {len(row.prompt)} tokens with {row.limit} to generate does not fit into memory: "
         "ask for fewer tokens, a smaller dtype or another device"
     )
-
-
-def _tried(work: Callable[[], list[Generated]]) -> list[Generated] | None:
-    """What `work` returns, or None where memory ran out; then everything it held is free again."""
-    try:
-        return work()
-    except (MemoryError, RuntimeError) as error:
-        if not memory.ran_out(error):
-            raise
-    memory.free()
-    return None
 
 
 def _answer(writer: _Writer, rows: Sequence[_Row], stream: _Stream | None) -> list[Generated]:
@@ -638,7 +627,7 @@ def _own_generate(writer: _Writer, row: _Row, options: _Options, fingerprint: st
 
     with torch.random.fork_rng(devices=[writer.device] if writer.device.type == "cuda" else []):
         torch.manual_seed(int(fingerprint, 16) >> 1)
-        made = _tried(work)
+        made = memory.tried(work)
     if made is None:
         raise _too_large(row)
     return made[0]

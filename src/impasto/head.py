@@ -48,10 +48,12 @@ class Head:
         self.example: Tensor | None = None  # a few states as they leave the last layer
         self.kind = self._kind()
 
-    def _forward(self, states: Tensor, logits: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def logits(self, states: Tensor, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The model's forward with `states` (n, channels) coming out of its last layer.
 
-        `logits`: a function of the head's input that replaces the head's product.
+        Args:
+            states: (n, channels).
+            product: a function of the head's input that replaces the head's product.
         """
         ids = torch.zeros(states.shape[-2], 1, dtype=torch.long, device=input_device(self.model))
         last = self.body.depth - 1
@@ -64,10 +66,10 @@ class Head:
         if "use_cache" in self.body.arguments:
             inputs["use_cache"] = False
         with tapped(self.body.layers, hand_on):
-            if logits is None or self.linear is None:
+            if product is None or self.linear is None:
                 whole: Tensor = self.model(**inputs).logits[:, 0]
                 return whole
-            with tapped([self.linear], lambda _, args, kwargs: logits(args[0])):
+            with tapped([self.linear], lambda _, args, kwargs: product(args[0])):
                 other: Tensor = self.model(**inputs).logits[:, 0]
             return other
 
@@ -80,7 +82,7 @@ class Head:
             raise Enough
 
         with contextlib.suppress(Enough):
-            self._forward(states, catch)
+            self.logits(states, catch)
         return caught[0][:, 0]
 
     def _kind(self) -> str:
@@ -92,12 +94,12 @@ class Head:
                 inputs["use_cache"] = False
             entering, _ = record(self.model, self.body, inputs)
             states = self.example = entering[..., 0, :, :]
-            whole, entered = self._forward(states), self.enter(states)
+            whole, entered = self.logits(states), self.enter(states)
             plain = real_call(self.linear, (entered,), {}).to(whole.device)
             if torch.equal(whole, plain):
                 return "plain"
             half = plain.shape[-1] // 2
-            part = self._forward(states, lambda x: real_call(self.linear, (x,), {})[..., :half])  # type: ignore[arg-type]
+            part = self.logits(states, lambda x: real_call(self.linear, (x,), {})[..., :half])  # type: ignore[arg-type]
             return "pointwise" if torch.equal(part, whole[:, :half]) else "whole"
 
     def score(
@@ -160,7 +162,7 @@ class Head:
         """What the model's forward does to a slice of logits."""
         assert self.example is not None
         blank = self.example[..., :1, :].repeat_interleave(len(piece), dim=-2)
-        return self._forward(blank, lambda _: piece[:, None])
+        return self.logits(blank, lambda _: piece[:, None])
 
     def _score_whole(
         self, states: Tensor, places: Tensor, tokens: Tensor, ranks: bool
@@ -170,7 +172,7 @@ class Head:
         greedy = torch.zeros(len(tokens), dtype=torch.bool, device=states.device)
         places, tokens = places.to(states.device), tokens.to(states.device)
         for low in range(0, states.shape[-2], 64):
-            logits = self._forward(states[..., low : low + 64, :]).float().to(states.device)
+            logits = self.logits(states[..., low : low + 64, :]).float().to(states.device)
             inside = (places >= low) & (places < low + 64)
             row = (places - low).clamp(0, len(logits) - 1)
             top = logits.amax(-1, keepdim=True)

@@ -226,27 +226,23 @@ class MaskedScorer:
         tree = plant(recipes)
         queue = sheet.batches(self.budget)
         total, done = sum(map(_padded, queue)) or 1, 0
-        while queue:
+
+        def smaller(queue: list[list[tuple[int, ...]]]) -> list[list[tuple[int, ...]]]:
+            nonlocal total
             rows = queue[0]
-            try:
-                finished = self._answer(tree, rows, sheet)
-            except (MemoryError, RuntimeError) as error:
-                if not memory.ran_out(error):
-                    raise
-                finished = None
-            if finished is None:
-                memory.free()
-                if len(rows) == 1:
-                    raise OutOfMemory(
-                        f"one sequence of {len(rows[0])} tokens does not fit into the memory of {self.device}: "
-                        "use a smaller dtype, or a device with more memory"
-                    )
-                self.budget = _padded(rows) // 2
-                self.note(f"out of memory: token budget halved to {self.budget}")
-                queue = [part for batch in queue for part in _packed(batch, self.budget)]
-                total = done + sum(map(_padded, queue))
-                continue
-            done += _padded(queue.pop(0))
+            if len(rows) == 1:
+                raise OutOfMemory(
+                    f"one sequence of {len(rows[0])} tokens does not fit into the memory of {self.device}: "
+                    "use a smaller dtype, or a device with more memory"
+                )
+            self.budget = _padded(rows) // 2
+            self.note(f"out of memory: token budget halved to {self.budget}")
+            cut = [part for batch in queue for part in _packed(batch, self.budget)]
+            total = done + sum(map(_padded, cut))
+            return cut
+
+        for rows, finished in memory.batch_by_batch(queue, lambda rows: self._answer(tree, rows, sheet), smaller):
+            done += _padded(rows)
             if on_batch is not None and len(finished):
                 on_batch(sheet.batch(finished))
             if progress is not None:

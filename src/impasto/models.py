@@ -73,7 +73,9 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        return _input_device(self.model)
+        from impasto.anatomy import input_device
+
+        return input_device(self.model)
 
 
 def load(
@@ -168,13 +170,15 @@ def adopt(model: Any, tokenizer: Any = None, *, name: str | None = None) -> Load
 
 
 def _loaded(name: str, model: Any, tokenizer: Any, weights: str, source: str) -> LoadedModel:
+    from impasto.anatomy import input_device
+
     model.eval()
     parameter = next(model.parameters())
     setting = Setting(
         model=name,
         weights=weights,
         dtype=str(parameter.dtype).removeprefix("torch."),
-        device=_input_device(model).type,
+        device=input_device(model).type,
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
     )
     text = model.config.get_text_config()
@@ -274,16 +278,6 @@ def _placement(
     if "tp_plan" not in DistributedConfig.__dataclass_fields__:
         raise UsageError("tp_plan needs a newer transformers: pip install -U transformers")
     return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
-
-
-def _input_device(model: Any) -> torch.device:
-    """Where inputs belong, also where accelerate keeps weights elsewhere."""
-    from impasto.anatomy import input_device
-
-    with contextlib.suppress(AttributeError, NotImplementedError, StopIteration):
-        return input_device(model)
-    place: torch.device = next(model.parameters()).device
-    return place
 
 
 def _device(name: str) -> torch.device:

@@ -245,40 +245,37 @@ class Scorer:
         nested = Nested(self.model, self.body, self.folder) if self.sharing.ranks else None
         budget = self.budget or 1
         queue = self.pack(self.trees(pieces), budget, calls)
-        total = sum(lay_out(batch).padded for batch in queue)
-        done = 0
-        while queue:
-            batch = queue[0]
+        total, done = sum(lay_out(batch).padded for batch in queue), 0
+
+        def run(batch: list[Node]) -> tuple[Forest, NDArray[np.float64], NDArray[np.bool_], NDArray[np.int8]]:
             forest = lay_out(batch)
 
-            def tell(share: float, before: int = done, here: int = forest.padded, whole: int = total) -> None:
+            def tell(share: float) -> None:
                 if progress is not None:
-                    progress((before + share * here) / whole)
+                    progress((done + share * forest.padded) / total)
 
-            try:
-                values, greedy, rank = self._run(
-                    roots, forest, pieces, answers.ranked, len(recipes), calls, nested, tell
-                )
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not memory.ran_out(error):
-                    raise
-                del error
-                if nested is not None:
-                    nested.forget()
+            return forest, *self._run(roots, forest, pieces, answers.ranked, len(recipes), calls, nested, tell)
+
+        def smaller(queue: list[list[Node]]) -> list[list[Node]]:
+            nonlocal budget, total
+            if nested is not None:
+                nested.forget()
                 memory.free()
-                budget = min(budget, forest.padded) // 2
-                smaller = self.pack([tree for rest in queue for tree in rest], max(1, budget), calls)
-                if lay_out(smaller[0]).padded >= forest.padded:
-                    longest = max(len(p.tokens) for i, p in enumerate(pieces) if i in forest.ends)
-                    raise OutOfMemory(
-                        f"one sequence of {longest} tokens does not fit into the memory of {self.device}: use a "
-                        "smaller window or dtype, or a device with more memory"
-                    ) from None
-                self.note(f"out of memory: token budget halved to {budget}")
-                self.budget, queue = budget, smaller
-                total = done + sum(lay_out(rest).padded for rest in queue)
-                continue
-            queue.pop(0)
+            forest = lay_out(queue[0])
+            budget = min(budget, forest.padded) // 2
+            cut = self.pack([tree for batch in queue for tree in batch], max(1, budget), calls)
+            if lay_out(cut[0]).padded >= forest.padded:
+                longest = max(len(p.tokens) for i, p in enumerate(pieces) if i in forest.ends)
+                raise OutOfMemory(
+                    f"one sequence of {longest} tokens does not fit into the memory of {self.device}: use a "
+                    "smaller window or dtype, or a device with more memory"
+                )
+            self.note(f"out of memory: token budget halved to {budget}")
+            self.budget = budget
+            total = done + sum(lay_out(batch).padded for batch in cut)
+            return cut
+
+        for _, (forest, values, greedy, rank) in memory.batch_by_batch(queue, run, smaller):
             done += forest.padded
             finished = answers.add(sorted(forest.ends), values, greedy, rank)
             if on_batch is not None and finished is not None:

@@ -272,6 +272,10 @@ def _rank(rule: Rule, weight: Tensor, factors: Factors) -> int:
     return noise_rank(weight, factors.values) if rule.kind == "mp" else quartile_rank(rows, columns, factors.values)
 
 
+def _tokens(batch: Sequence[Node]) -> int:
+    return sum(tree.size for tree in batch)
+
+
 class _Sweep:
     """One pass over the requests, batch by batch."""
 
@@ -294,29 +298,27 @@ class _Sweep:
         budget = scorer.budget or 1
         if least > 1:
             budget = max(1, min(budget, sum(tree.size for tree in trees) // least))
-        queue, done = scorer.pack(trees, budget), 0
-        while queue:
-            batch = queue[0]
-            try:
-                found = self._gradients(batch)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not memory.ran_out(error):
-                    raise
-                del error
-                memory.free()
-                padded = lay_out(batch).padded
-                budget = min(budget, padded) // 2
-                queue = scorer.pack([tree for rest in queue for tree in rest], max(1, budget))
-                if lay_out(queue[0]).padded >= padded:
-                    raise OutOfMemory(
-                        f"a backward pass over one sequence does not fit into the memory of {scorer.device}: "
-                        "name fewer matrices, or use a smaller dtype or a device with more memory"
-                    ) from None
-                scorer.note(f"out of memory: token budget of the backward pass halved to {budget}")
-                continue
+        queue = scorer.pack(trees, budget)
+        whole, done = sum(map(_tokens, queue)), 0
+
+        def smaller(queue: list[list[Node]]) -> list[list[Node]]:
+            nonlocal budget, whole
+            padded = lay_out(queue[0]).padded
+            budget = min(budget, padded) // 2
+            cut = scorer.pack([tree for batch in queue for tree in batch], max(1, budget))
+            if lay_out(cut[0]).padded >= padded:
+                raise OutOfMemory(
+                    f"a backward pass over one sequence does not fit into the memory of {scorer.device}: "
+                    "name fewer matrices, or use a smaller dtype or a device with more memory"
+                )
+            scorer.note(f"out of memory: token budget of the backward pass halved to {budget}")
+            whole = done + sum(map(_tokens, cut))
+            return cut
+
+        for batch, found in memory.batch_by_batch(queue, self._gradients, smaller):
             yield found
-            done += sum(tree.size for tree in queue.pop(0))
-            progress(done / (done + sum(tree.size for rest in queue for tree in rest)))
+            done += _tokens(batch)
+            progress(done / whole)
 
     def _gradients(self, batch: Sequence[Node]) -> tuple[list[Tensor], float]:
         scorer = self.scorer
@@ -383,7 +385,7 @@ def _behind(head: Head, states: Tensor, tokens: Tensor, shares: Tensor) -> Tenso
     found: list[Tensor] = []
     for low in range(0, states.shape[-2], step):
         some = states[..., low : low + step, :].requires_grad_()
-        logits = head._forward(some).to(states.device)
+        logits = head.logits(some).to(states.device)
         logits = logits.to(_wide(logits))
         own = logits.gather(-1, tokens[low : low + step, None])[:, 0]
         loss = (shares[low : low + step] * (logits.logsumexp(-1) - own)).sum()
