@@ -113,7 +113,7 @@ def study(loaded, data, tmp_path_factory):
 def test_every_phase_is_told_and_every_question_answered(study):
     _, shown, phases = study
     assert phases[:4] == ["reading tasks", "singular values", "FEVER: screening", "FEVER: round 1: 6 recipes"]
-    assert phases[-3:] == ["CounterFact: choosing", "CounterFact: composing", "CounterFact: reporting"]
+    assert phases[-3:] == ["CounterFact: composing", "CounterFact: reporting", "CounterFact: what is discarded"]
     assert [answer.key for answer in shown.answers] == [
         *(f"gain-{name}" for name in TASK_NAMES),
         *(question.key for question in QUESTIONS if question.key != "halves"),  # attention was not cut

@@ -170,4 +170,4 @@ def test_what_cannot_be_measured_is_refused(loaded) -> None:
     with pytest.raises(UsageError, match="text_perplexity is one text and has no part to choose on"):
         text_task(loaded, [TEXT], stride=10).parted()
     with pytest.raises(UsageError, match="windows of 256 tokens can move by 1 to 255 tokens at a time, not by 512"):
-        text_task(loaded, [TEXT])
+        text_task(loaded, [TEXT], stride=512)

@@ -34,14 +34,16 @@ class Piece:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silence the harness's log messages below errors."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence the harness below errors, and the tokenizer about texts that are longer than the model's window."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers.tokenization_utils_base")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _Together:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from impasto.encoding import Encoder, Piece
+from impasto.encoding import Encoder, Piece, quiet_harness
 from impasto.errors import UsageError
 from impasto.evaluate import evaluate, scorer_of
 from impasto.models import LoadedModel
@@ -126,7 +126,7 @@ def text_task(
     loaded: LoadedModel,
     texts: Sequence[str],
     *,
-    stride: int = STRIDE,
+    stride: int | None = None,
     window: int | None = None,
     name: str = "text_perplexity",
     source: str = "a text of your own",
@@ -138,7 +138,7 @@ def text_task(
     Args:
         loaded: the model whose tokenizer and window are meant.
         texts: each has windows of its own.
-        stride: tokens between the beginnings of two windows.
+        stride: tokens between the beginnings of two windows; None: 512, or half of a window below 1,024.
         window: tokens in a window; None takes the model's own.
         name: of the task.
         source: where the texts came from, in words.
@@ -148,10 +148,12 @@ def text_task(
     """
     encoder = Encoder(loaded.model, loaded.tokenizer)
     size = min(window or encoder.window, encoder.window)
+    stride = min(STRIDE, max(1, size // 2)) if stride is None else stride
     requests: dict[str, Request] = {}
     asked: list[str] = []
     for number, text in enumerate(texts):
-        prefix, tokens = _encoded(encoder, loaded.tokenizer, text)
+        with quiet_harness():  # a text may be longer than the model's window, and mostly is
+            prefix, tokens = _encoded(encoder, loaded.tokenizer, text)
         for place, found in enumerate(windows(tokens, size, stride, prefix)):
             request = _request(found, number, place)
             requests[request.fingerprint] = request
@@ -191,7 +193,7 @@ def perplexity(
     recipes: Sequence[Recipe],
     texts: Sequence[str],
     *,
-    stride: int = STRIDE,
+    stride: int | None = None,
     window: int | None = None,
     store: Store | None = None,
     batch_tokens: int | None = None,
@@ -204,7 +206,7 @@ def perplexity(
         loaded: the model.
         recipes: what to run.
         texts: what to read; each has windows of its own.
-        stride: tokens between the beginnings of two windows.
+        stride: tokens between the beginnings of two windows; None: 512, or half of a window below 1,024.
         window: tokens in a window; None takes the model's own.
         store: where answers are kept and found again; None forgets them.
         batch_tokens: tokens per batch; None starts from what suits the device.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,12 +14,14 @@ from impasto import console
 from impasto.cli import options
 from impasto.cli.loading import Loading, looking, recorded, require_tokenizer, run_folder
 from impasto.cli.pages import Protocol, planned, show, write
+from impasto.errors import UsageError
 
 if TYPE_CHECKING:
     from impasto.studies.laser.run import LaserPlan
 
 _ASKING = "What is asked"
 _EDITS = "Which edits are tried"
+_BESIDE = "What is measured beside accuracy"
 
 
 class Select(StrEnum):
@@ -83,6 +86,18 @@ def laser(
     seed: Annotated[
         int, typer.Option(metavar="N", rich_help_panel=_EDITS, help="Of the order in which a race asks.")
     ] = 0,
+    frequencies: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_BESIDE,
+            help="A count of `impasto corpus count`: do rare facts gain more? May be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    text: Annotated[
+        list[str],
+        typer.Option(metavar="FILE", rich_help_panel=_BESIDE, help="A plain text: its perplexity. May be repeated."),
+    ] = [],  # noqa: B006
     include_path: options.IncludePath = [],  # noqa: B006 (the command line's own copy)
     batch_size: options.BatchSize = "auto",
     output: options.Output = None,
@@ -107,6 +122,7 @@ def laser(
       impasto study laser demo --layers 9:18 --dry-run
       impasto study laser ./my-model --protocol standard
       impasto study laser ./my-model --screen 0 --select full
+      impasto study laser ./my-model --text novel.txt --frequencies counts.json
     """
     tokens = options.batch_tokens(batch_size)
     where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
@@ -124,6 +140,9 @@ def laser(
         "compose": compose and compose.value,
     }
     _check(asked)
+    for named in (*frequencies, *text):
+        if not Path(named).is_file():
+            raise UsageError(f"no file {named}")
     from impasto.store import Store
 
     with looking(folder) if dry_run else Store(folder) as store, console.phases() as progress:
@@ -146,7 +165,7 @@ def laser(
             console.output().print(console.facts(_planned(plan)))
             return
         with recorded(store, ["impasto", *sys.argv[1:]], seed=seed):
-            page = run_laser(loaded, where=where, **asked)
+            page = run_laser(loaded, where=where, counts=frequencies, texts=text, **asked)
         progress.bytes("drawing the page", 0, 0)
         path = write(page, folder)
     show(page, path)

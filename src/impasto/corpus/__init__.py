@@ -12,9 +12,10 @@ What counts as a mention stands in `mentions`, what as a document in `reading`. 
 from impasto.corpus.counting import Counts, Plan, Rules, count, plan
 from impasto.corpus.mentions import Match, Mentions, Pair, distinct
 from impasto.corpus.reading import Unit, files
-from impasto.corpus.tables import frequencies, read_pairs, write
+from impasto.corpus.tables import Counted, frequencies, read, read_pairs, write
 
 __all__ = [
+    "Counted",
     "Counts",
     "Match",
     "Mentions",
@@ -27,6 +28,7 @@ __all__ = [
     "files",
     "frequencies",
     "plan",
+    "read",
     "read_pairs",
     "write",
 ]

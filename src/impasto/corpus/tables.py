@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from impasto.corpus.counting import FORMAT, Counts
+from impasto.corpus.counting import FORMAT, Counts, Rules
 from impasto.corpus.mentions import Pair, distinct
 from impasto.errors import UsageError
 
@@ -75,8 +76,23 @@ def write(counts: Counts, path: Path | str) -> None:
     fresh.replace(path)
 
 
-def frequencies(path: Path | str) -> Mapping[Pair, int]:
-    """In how many documents each pair occurs, from a file that `write` wrote.
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A finished count, read from its file.
+
+    Attributes:
+        frequencies: in how many documents each pair occurs.
+        rules: what counted as a mention; None in a file of rows alone.
+        documents: how many the corpus has; None likewise.
+    """
+
+    frequencies: Mapping[Pair, int]
+    rules: Rules | None = None
+    documents: int | None = None
+
+
+def read(path: Path | str) -> Counted:
+    """A count from a file that `write` wrote.
 
     Raises:
         UsageError: there is no such file, or it is of another kind.
@@ -85,12 +101,19 @@ def frequencies(path: Path | str) -> Mapping[Pair, int]:
     try:
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines() if path.suffix == ".jsonl" else []
-        rows = [json.loads(line) for line in lines] if lines else json.loads(text)["pairs"]
-        return {Pair(row["subject"], row["answer"]): int(row["documents"]) for row in rows}
+        whole: dict[str, Any] = {"pairs": [json.loads(line) for line in lines]} if lines else json.loads(text)
+        found = {Pair(row["subject"], row["answer"]): int(row["documents"]) for row in whole["pairs"]}
+        rules = whole.get("rules")
+        return Counted(found, None if rules is None else Rules(**rules), whole.get("documents"))
     except OSError as problem:
         raise UsageError(f"no counts in {path}: {problem.strerror}") from problem
     except (ValueError, KeyError, TypeError) as problem:
         raise UsageError(f"{path} holds no counts: make them with `impasto corpus count`") from problem
+
+
+def frequencies(path: Path | str) -> Mapping[Pair, int]:
+    """In how many documents each pair occurs; see `read`."""
+    return read(path).frequencies
 
 
 def _rows(counts: Counts) -> Iterator[dict[str, object]]:

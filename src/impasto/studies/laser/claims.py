@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from impasto.result import Answer
-from impasto.studies.laser import findings, paper
+from impasto.studies.laser import deeper, findings, paper
 from impasto.studies.laser.evidence import Evidence, Trial, benchmark_of
 from impasto.studies.laser.findings import FAR, KEPT, SAME, WORTH
 from impasto.studies.question import Question
@@ -125,6 +125,44 @@ QUESTIONS: tuple[Question[Evidence], ...] = (
         arises=lambda evidence: any(map(findings.worded, evidence.trials)),
     ),
     Question(
+        key="rare",
+        text="Do rare facts gain more than frequent ones?",
+        find=deeper.rare,
+        needs="counts of the facts in a corpus (`impasto corpus count`, then --frequencies)",
+        unit=ACCURACY,
+        rule=(
+            "Mean over tasks of the chosen edit's gain on rare facts minus that on frequent ones (in fewer than 50 and "
+            f"more than 1,000 documents, or the thirds of a smaller corpus): {_CLEAR}."
+        ),
+        figure="boosts",
+        arises=lambda evidence: any(map(_facts, evidence.trials)),
+    ),
+    Question(
+        key="discarded",
+        text="Do the discarded components answer with things of the right kind?",
+        find=deeper.discarded,
+        needs="facts whose relations are known, asked of the discarded components alone",
+        unit="share of wrong answers, above chance",
+        rule=(
+            "With only what the chosen edit throws away: mean over tasks of the share of wrong answers that are right "
+            f"for another fact of the same relation, minus what shuffled answers would have: {_CLEAR}."
+        ),
+        figure="tails",
+        arises=lambda evidence: any(map(_facts, evidence.trials)),
+    ),
+    Question(
+        key="reads",
+        text="Does the model still read plain text as well?",
+        find=deeper.reads,
+        needs="a text (--text FILE)",
+        unit="nats per token",
+        rule=(
+            "Mean over tasks and texts of the loss with the chosen edit minus that without: yes if the interval lies "
+            f"below {deeper.LOSS}, no if above."
+        ),
+        figure="texts",
+    ),
+    Question(
         key="moved",
         text="Does the edit do the same in a layer that is moved?",
         find=findings.moved,
@@ -156,6 +194,11 @@ def answers(evidence: Evidence, figures: Iterable[str]) -> tuple[Answer, ...]:
         *(_gain(trial).answer(trial, paper.found(benchmark_of(trial.name)), shown) for trial in evidence.trials),
         *(question.answer(evidence, paper.FOUND[question.key], shown) for question in arising),
     )
+
+
+def _facts(trial: Trial) -> bool:
+    """Whether a task asks for facts about a subject."""
+    return benchmark_of(trial.name) == "counterfact"
 
 
 def _gain(trial: Trial) -> Question[Trial]:

@@ -117,6 +117,76 @@ class Step:
     accepted: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Mentions:
+    """How often the fact of each test document stands in a corpus.
+
+    Attributes:
+        name: how mentions were matched, or what the count is called.
+        corpus: what was counted in, in words; may be empty.
+        counts: documents of the corpus with subject and answer; None where a fact was not counted.
+    """
+
+    name: str
+    corpus: str
+    counts: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What a model says with only the smallest components of one matrix, question by question.
+
+    Attributes:
+        share: the share of the components that is kept; 1 is the model itself.
+        said: the likeliest next token as text; empty where the output was not finite.
+        right: whether it is the right answer's first token.
+        likeness: cosine of the embeddings of the two; None where there is no token.
+    """
+
+    share: float
+    said: tuple[str, ...]
+    right: tuple[bool, ...]
+    likeness: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What the components of the chosen matrix say when the largest are gone.
+
+    Attributes:
+        layer: of the matrix.
+        matrix: its name.
+        corrected: how many of the questions the chosen edit corrects; they come first.
+        golds: first token of each right answer, as text.
+        relations: what each question asks for; empty texts where that is not known.
+        units: what each question is about, as numbers.
+        tails: from the smallest share to the largest.
+    """
+
+    layer: int
+    matrix: str
+    corrected: int
+    golds: tuple[str, ...]
+    relations: tuple[str, ...]
+    units: tuple[int, ...]
+    tails: tuple[Tail, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A plain text that was read.
+
+    Attributes:
+        name: of its file.
+        tokens: that were scored.
+        reads: by recipe fingerprint the losses of its windows, whose mean is the loss in nats per token.
+    """
+
+    name: str
+    tokens: int
+    reads: Mapping[str, tuple[float | None, ...]]
+
+
 @dataclass(frozen=True)
 class Trial:
     """Everything about one task.
@@ -145,6 +215,8 @@ class Trial:
         trace: the composition's steps.
         report: what is measured on the test part; None where nothing is chosen yet.
         sheets: by recipe fingerprint, on the test part.
+        mentions: how often its facts stand in a corpus, one for each count.
+        spoken: what the chosen matrix's smallest components say; None where that was not asked.
     """
 
     name: str
@@ -169,6 +241,8 @@ class Trial:
     trace: tuple[Step, ...] = ()
     report: Report | None = None
     sheets: Mapping[str, Sheet] = field(default_factory=dict)
+    mentions: tuple[Mentions, ...] = ()
+    spoken: Spoken | None = None
 
     @property
     def title(self) -> str:
@@ -244,10 +318,15 @@ class Trial:
         counts = Counter(sheet.predicted)
         return tuple(counts[i] / len(sheet.predicted) for i in range(len(self.labels)))
 
+    def among(self, use: Use, k: int) -> Floats | None:
+        """Document by document, whether the right answer's first token is among the k likeliest; None where unknown."""
+        sheet = self.sheet(use)
+        return None if sheet is None or not sheet.rank else np.asarray(np.asarray(sheet.rank) < k, np.float64)
+
     def top(self, use: Use, k: int) -> float | None:
         """The share of documents whose right answer is among the k likeliest first tokens."""
-        sheet = self.sheet(use)
-        return None if sheet is None or not sheet.rank else sum(rank < k for rank in sheet.rank) / len(sheet.rank)
+        found = self.among(use, k)
+        return None if found is None else float(found.mean())
 
 
 @dataclass(frozen=True)
@@ -260,6 +339,7 @@ class Evidence:
         matrices: those of the grid.
         trials: one for each task, in the order of the figures.
         facts: provenance; "model" also stands in the subtitle.
+        texts: plain texts that were read.
     """
 
     depth: int
@@ -267,6 +347,7 @@ class Evidence:
     matrices: tuple[Matrix, ...]
     trials: tuple[Trial, ...]
     facts: Mapping[str, str] = field(default_factory=dict)
+    texts: tuple[Text, ...] = ()
 
     @cached_property
     def reported(self) -> tuple[Trial, ...]:

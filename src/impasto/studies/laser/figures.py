@@ -10,6 +10,7 @@ import numpy as np
 from impasto.edit import Edit
 from impasto.result import Figure, Row
 from impasto.studies.figures import bar, point
+from impasto.studies.laser import deeper
 from impasto.studies.laser.evidence import BASE, CHOSEN, Evidence, Trial
 from impasto.studies.laser.findings import foretold, last_composed, under
 from impasto.studies.laser.protocol import AS_IT_IS, SCHEDULES, Use, rho_of
@@ -29,7 +30,7 @@ def figures(evidence: Evidence) -> tuple[Figure, ...]:
     drawn = [draw(evidence) for draw in (gains, levels, classes, losses)]
     grids = [figure for trial in evidence.trials for figure in grid(evidence, trial)]
     rest = [draw(evidence) for draw in (layers, effective, screening, much, composition, composing, moved)]
-    found = (*drawn, *grids, *rest)
+    found = (*drawn, *grids, *rest, *deeper.figures(evidence))
     return tuple(figure for figure in found if figure is not None and figure.rows)
 
 

@@ -155,7 +155,7 @@ def flattered(evidence: Evidence) -> Found | None:
         return None
     tasks = [f"{t.title} {_size(t.selected)} there, {_size(t.difference(CHOSEN))} here" for t, _ in found]
     effect = f"Gain where the edit was chosen (there) and on held-out documents (here): {'; '.join(tasks)}."
-    return Found(_clear(total), effect, total)
+    return Found(clear(total), effect, total)
 
 
 def _optimism(trial: Trial) -> Estimate | None:
@@ -175,7 +175,7 @@ def balanced(evidence: Evidence) -> Found | None:
         return None
     tasks = [f"{trial.title} {in_points(one)}" for trial, one in found]
     return Found(
-        _clear(total),
+        clear(total),
         f"With all right answers weighed alike, chosen edit minus the model itself: {'; '.join(tasks)}.",
         total,
     )
@@ -199,7 +199,7 @@ def zero(evidence: Evidence) -> Found | None:
     if total is None:
         return None
     tasks = [f"{trial.title} {in_points(one)}" for trial, one in found]
-    return Found(_clear(total), f"The chosen edit minus its matrix taken away: {'; '.join(tasks)}.", total)
+    return Found(clear(total), f"The chosen edit minus its matrix taken away: {'; '.join(tasks)}.", total)
 
 
 def pruning(evidence: Evidence) -> Found | None:
@@ -220,7 +220,7 @@ def composed(evidence: Evidence) -> Found | None:
     if total is None:
         return None
     tasks = [f"{trial.title} {in_points(one)} with {_edits(last_composed(trial))}" for trial, one in found]
-    return Found(_clear(total), f"Several edits minus the best single one: {'; '.join(tasks)}.", total)
+    return Found(clear(total), f"Several edits minus the best single one: {'; '.join(tasks)}.", total)
 
 
 def nested(evidence: Evidence) -> Found | None:
@@ -259,7 +259,7 @@ def robust(evidence: Evidence) -> Found | None:
     if total is None:
         return None
     tasks = [f"{trial.title} {_in_all(one)}" for trial, one in found]
-    return Found(_clear(total), f"Facts that are right in all their wordings: {'; '.join(tasks)}.", total)
+    return Found(clear(total), f"Facts that are right in all their wordings: {'; '.join(tasks)}.", total)
 
 
 def worded(trial: Trial) -> bool:
@@ -443,7 +443,7 @@ def nats(value: float | None) -> str:
     return "?" if value is None else said(value)
 
 
-def _clear(estimate: Estimate) -> Verdict:
+def clear(estimate: Estimate) -> Verdict:
     """Yes if an accuracy is clearly higher, no if it is clearly not higher by what anybody would care about."""
     return "yes" if verdict(estimate) == "yes" else "no" if verdict(estimate, WORTH) == "no" else "unclear"
 

@@ -7,7 +7,7 @@ recipes are kept under the protocol of the part that they were measured on, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
 from functools import cached_property
@@ -23,12 +23,26 @@ from impasto.result import Estimate, Page, Setting, digest
 from impasto.schedule import Schedule
 from impasto.store import Store
 from impasto.studies.kept import provenance
-from impasto.studies.laser.evidence import BASE, CHOSEN, Evidence, Point, Sheet, Step, Trial, contrast
+from impasto.studies.laser.evidence import (
+    BASE,
+    CHOSEN,
+    Evidence,
+    Mentions,
+    Point,
+    Sheet,
+    Spoken,
+    Step,
+    Tail,
+    Text,
+    Trial,
+    contrast,
+)
 from impasto.studies.laser.page import page
 from impasto.studies.laser.protocol import Matrix, Protocol, Report, candidates, composed_of, protocol
 
 KIND = "laser study"
-POINT, SHEET, RANK = "laser point", "laser sheet", "effective rank"
+POINT, SHEET, RANK, READ = "laser point", "laser sheet", "effective rank", "laser text"
+_STUDY = ""  # under which decisions are kept that are about no single task
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +159,7 @@ class Book:
         self._put("last", self.mark)
 
     def decide(self, task: str, what: str, value: Any) -> None:
-        """Keep a decision about a task: "screened", "raced", "chosen", "trace"."""
+        """Keep a decision about a task: "screened", "raced", "chosen", "trace", "mentions", "spoken"."""
         self._put(f"{self.mark} {task} {what}", value)
 
     def decided(self, task: str, what: str) -> Any:
@@ -173,6 +187,44 @@ class Book:
             if value is not None:
                 found[recipe.fingerprint] = Sheet(**{name: tuple(column) for name, column in value.items()})
         return found
+
+    def put_mentions(self, task: str, found: Sequence[Mentions]) -> None:
+        """Keep how often the facts of a task stand in corpora."""
+        self.decide(task, "mentions", [asdict(one) for one in found])
+
+    def mentions(self, task: str) -> tuple[Mentions, ...]:
+        """How often they do, as far as that was counted."""
+        return tuple(
+            Mentions(one["name"], one["corpus"], tuple(one["counts"])) for one in self.decided(task, "mentions") or ()
+        )
+
+    def put_spoken(self, task: str, found: Spoken) -> None:
+        """Keep what the components of the chosen matrix say."""
+        self.decide(task, "spoken", asdict(found))
+
+    def spoken(self, task: str) -> Spoken | None:
+        """What they say; None where that was not asked."""
+        value = self.decided(task, "spoken")
+        if value is None:
+            return None
+        tails = tuple(Tail(**{name: _tupled(part) for name, part in one.items()}) for one in value["tails"])
+        return Spoken(**{**{name: _tupled(part) for name, part in value.items()}, "tails": tails})
+
+    def put_read(self, recipe: Recipe, text: str, losses: Sequence[float | None]) -> None:
+        """Keep the losses of a text's windows, by the protocol of the text."""
+        self.store.put_measurement(self.setting, recipe, READ, text, list(losses))
+
+    def put_texts(self, texts: Sequence[tuple[str, str, int]]) -> None:
+        """Keep which texts are read: name, protocol and tokens of each."""
+        self.decide(_STUDY, "texts", [list(one) for one in texts])
+
+    def texts(self) -> tuple[Text, ...]:
+        """The texts and what was read of them."""
+        kept = self.store.measurements(self.setting, READ)
+        return tuple(
+            Text(name, tokens, {one.recipe: tuple(one.value) for one in kept if one.key == protocol})
+            for name, protocol, tokens in self.decided(_STUDY, "texts") or ()
+        )
 
     def put_effective(self, matrix: Matrix, value: float) -> None:
         """Keep the effective rank of a matrix."""
@@ -229,6 +281,7 @@ def evidence(book: Book) -> Evidence:
         matrices=tuple(replace(one, effective=effective.get(f"{one.layer}.{one.name}")) for one in asked.matrices),
         trials=tuple(trial(book, part) for part in asked.parts),
         facts=_facts(book),
+        texts=book.texts(),
     )
 
 
@@ -268,6 +321,8 @@ def trial(book: Book, part: Part) -> Trial:
         trace=tuple(step_of(one) for one in composed["steps"]),
         report=report,
         sheets=book.sheets(part.test, report.uses.values()) if report else {},
+        mentions=book.mentions(part.name),
+        spoken=book.spoken(part.name),
     )
 
 

@@ -98,6 +98,9 @@ FOUND: Mapping[str, str] = MappingProxyType(
         "halves": "Yes: cutting the MLP's matrices changes the loss, cutting attention's hardly does (figure 2).",
         "nested": "Yes: what is right at one reduction stays right at stronger ones.",
         "robust": "Yes: of the facts that GPT-J has right, 24.8 points more are right in all paraphrases.",
+        "rare": "Yes: GPT-J's corrected answers are .19 of those right before below 50 documents, .09 above 1,000.",
+        "discarded": "Yes, in examples: another entity of the right kind, or function words where more is kept.",
+        "reads": "Nearly: GPT-J's perplexity on the Pile rises from 4.8 to 5.0 or 4.9 (appendix C.4).",
         "moved": "Not asked: every layer stays in its place.",
         "screening": "Not asked: every candidate is measured. Later work screens by gradients (arXiv 2510.20800).",
     }

@@ -69,6 +69,7 @@ class Protocol:
         sweep: shares of the rank (and of the entries) at which the chosen matrix is cut (and pruned).
         schedules: names in `SCHEDULES` under which the chosen edit is tried.
         pass_on: right answers that the backward pass is made of.
+        tail: test documents that are asked what the discarded components say; 0 asks none, None all.
         tasks: names of tasks.
     """
 
@@ -86,6 +87,7 @@ class Protocol:
     sweep: tuple[Decimal, ...] = RHOS
     schedules: tuple[str, ...] = ("skip", "swap", "pair", "middle")
     pass_on: int = 256
+    tail: int | None = 400
     tasks: tuple[str, ...] = TASKS
 
     def validation_of(self, task: str) -> int | None:
@@ -113,6 +115,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             sweep=tuple(map(Decimal, ("0.6", "0.2", "0.05", "0.01"))),
             schedules=("skip", "swap", "middle"),
             pass_on=32,
+            tail=48,
             tasks=("laser_counterfact", "laser_fever", "laser_wikidataqa_likelihood"),
         ),
         "standard": Protocol(
@@ -130,7 +133,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 "laser_wikidataqa_likelihood",
             ),
         ),
-        "paper": Protocol(name="paper", validation=None, select="full"),
+        "paper": Protocol(name="paper", validation=None, select="full", tail=None),
     }
 )
 

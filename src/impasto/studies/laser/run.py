@@ -18,12 +18,14 @@ from impasto import composition
 from impasto.composition import Rung, Verdict
 from impasto.edit import Edit
 from impasto.errors import ImpastoError, UsageError
-from impasto.evaluate import Place, evaluate, plan, scorer_of, setting_of
+from impasto.evaluate import Place, evaluate, plan, setting_of
 from impasto.models import LoadedModel
+from impasto.perplexity import METRIC, sliding_scorer
 from impasto.recipe import Recipe
 from impasto.result import Page, Result
 from impasto.schedule import Schedule
 from impasto.store import Store
+from impasto.studies.laser import asides
 from impasto.studies.laser.evidence import BASE, CHOSEN, Point, Step, title_of
 from impasto.studies.laser.kept import Asked, Book, evidence, page_of, step_json
 from impasto.studies.laser.page import page
@@ -82,6 +84,8 @@ class _Study:
     scorer: Callable[[], Scorer]
     batch_tokens: int | None
     where: Place | None
+    counts: Sequence[Path | str]
+    texts: Sequence[TaskSet]
     progress: Progress
     note: Note
 
@@ -108,6 +112,8 @@ def run_laser(
     compose: str | None = None,
     seed: int = 0,
     include: Sequence[Path | str] = (),
+    counts: Sequence[Path | str] = (),
+    texts: Sequence[Path | str] = (),
     batch_tokens: int | None = None,
     where: Place | None = None,
     progress: Progress | None = None,
@@ -134,6 +140,8 @@ def run_laser(
         compose: "greedy", "authors" or "none".
         seed: of the order in which a race asks.
         include: folders with the user's own task files.
+        counts: files of `impasto corpus count`, by which facts are rare or frequent.
+        texts: plain text files, on which the perplexity of the chosen edits is measured.
         batch_tokens: tokens per batch; None starts from what suits the device.
         where: who measures candidates whole; None this process. Screening and races are always run here.
         progress: told the phase and the share of it that is done.
@@ -145,11 +153,13 @@ def run_laser(
         ImpastoError: something could not be measured; all else is kept, and `page_of` makes a page of it.
     """
     wanted = _wanted(protocol, limit, types, layers, rhos, select, screen, compose, task_names)
-    study = _prepare(loaded, store, wanted, task_names, seed, include, batch_tokens, where, progress, note)
+    study = _prepare(
+        loaded, store, wanted, task_names, seed, include, counts, texts, batch_tokens, where, progress, note
+    )
     study.book.open()
     _effective(study)
-    for pair in study.pairs:
-        _study(study, pair)
+    reports = [_study(study, pair) for pair in study.pairs]
+    _read(study, reports)
     return page(evidence(study.book))
 
 
@@ -176,7 +186,7 @@ def dry_run_laser(
     from impasto.pace import pace
 
     wanted = _wanted(protocol, limit, types, layers, rhos, select, screen, compose, task_names)
-    study = _prepare(loaded, store, wanted, task_names, seed, include, batch_tokens, None, progress, note)
+    study = _prepare(loaded, store, wanted, task_names, seed, include, (), (), batch_tokens, None, progress, note)
     tried = spaced(study.grid, study.protocol.screen)
     middle = Report(loaded.layers, tried[len(tried) // 2], None, (), study.protocol)
     works = [
@@ -233,6 +243,8 @@ def _prepare(
     names: Sequence[str] | None,
     seed: int,
     include: Sequence[Path | str],
+    counts: Sequence[Path | str],
+    texts: Sequence[Path | str],
     batch_tokens: int | None,
     where: Place | None,
     progress: Progress | None,
@@ -254,9 +266,11 @@ def _prepare(
         book=Book(store, setting_of(loaded), asked, asked.mark),
         pairs=both,
         grid=grid,
-        scorer=functools.cache(lambda: scorer_of(loaded, batch_tokens, note=say)),
+        scorer=functools.cache(lambda: sliding_scorer(loaded, batch_tokens, note=say)),
         batch_tokens=batch_tokens,
         where=where,
+        counts=counts,
+        texts=asides.text_tasks(loaded, texts),
         progress=tell,
         note=say,
     )
@@ -293,7 +307,7 @@ def _effective(study: _Study) -> None:
 # ── one task ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _study(study: _Study, pair: Pair) -> None:
+def _study(study: _Study, pair: Pair) -> Report:
     tried = _screened(study, pair)
     points = _raced(study, pair, tried)
     chosen = best(points)
@@ -303,6 +317,8 @@ def _study(study: _Study, pair: Pair) -> None:
     states = _composed(study, pair, points)
     report = Report(study.loaded.layers, chosen, by_loss, composed_of(states), study.protocol)
     _reported(study, pair, report)
+    _facts(study, pair, report)
+    return report
 
 
 def _screened(study: _Study, pair: Pair) -> tuple[Edit, ...]:
@@ -412,6 +428,46 @@ def _reported(study: _Study, pair: Pair, report: Report) -> None:
     recipes = list({recipe.fingerprint: recipe for recipe in report.uses.values()}.values())
     _sheets(study, pair.test, recipes, phase)
     _sheets(study, pair.validation, [report.uses[BASE], report.uses[CHOSEN]], phase)
+
+
+def _facts(study: _Study, pair: Pair, report: Report) -> None:
+    """Keep how often a task's facts are mentioned, and what the discarded components answer to them."""
+    if study.counts:
+        found = asides.mentions(pair.test, study.counts)
+        if found:
+            study.book.put_mentions(pair.name, found)
+    if study.book.spoken(pair.name) is None:
+        phase = f"{title_of(pair.name)}: what is discarded"
+        spoken = asides.spoken(
+            study.loaded,
+            study.book,
+            pair,
+            report,
+            batch_tokens=study.batch_tokens,
+            progress=lambda share: study.progress(phase, share),
+        )
+        if spoken is not None:
+            study.book.put_spoken(pair.name, spoken)
+
+
+def _read(study: _Study, reports: Sequence[Report]) -> None:
+    """Measure the perplexity of plain texts under the untouched model and all that was chosen."""
+    if not study.texts:
+        return
+    wanted = [recipe for report in reports for recipe in (report.uses[BASE], report.uses[CHOSEN], *_last(report))]
+    recipes = [replace(one, model=study.loaded.name) for one in {one.fingerprint: one for one in wanted}.values()]
+    kept = []
+    for text in study.texts:
+        results = _evaluated(study, recipes, text, f"reading {text.name}")
+        for recipe, result in zip(recipes, results, strict=True):
+            study.book.put_read(recipe, text.protocol, result.scores[METRIC])
+        kept.append((text.name, text.protocol, int(results[0].info["tokens"])))
+    study.book.put_texts(kept)
+
+
+def _last(report: Report) -> list[Recipe]:
+    """The end of the composition, if anything was composed."""
+    return [recipe for use, recipe in report.uses.items() if use.role == "composed"][-1:]
 
 
 def best(points: Mapping[Edit, Point]) -> Edit:

@@ -1,0 +1,294 @@
+"""What a LASER study says beside accuracy: facts by how often they are read, discarded components, plain text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from decimal import Decimal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from impasto import cli, corpus, models, plots
+from impasto.errors import UsageError
+from impasto.perplexity import METRIC, perplexity
+from impasto.recipe import Recipe
+from impasto.schedule import Schedule
+from impasto.store import Store
+from impasto.studies.laser import deeper
+from impasto.studies.laser.asides import mentions, text_tasks
+from impasto.studies.laser.claims import answers
+from impasto.studies.laser.evidence import (
+    BASE,
+    CHOSEN,
+    Evidence,
+    Mentions,
+    Sheet,
+    Spoken,
+    Tail,
+    Text,
+    Trial,
+)
+from impasto.studies.laser.kept import study_of
+from impasto.studies.laser.page import page
+from impasto.studies.laser.parts import items, pairs
+from impasto.studies.laser.protocol import PROTOCOLS, Matrix, Report, adapted, edit
+from impasto.studies.laser.run import page_of, run_laser
+from tiny import tiny_model, tiny_tokenizer
+
+ASKED = {"task_names": ["laser_counterfact"], "limit": 6, "rhos": ["0.3"], "screen": 3, "compose": "none"}
+COLOURS = ("red", "blue", "green")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.adopt(tiny_model(layers=4), tiny_tokenizer(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Facts of two relations, how often each is mentioned, and a text."""
+    folder = tmp_path_factory.mktemp("data")
+    facts = [
+        {
+            "case_id": i,
+            "prompt": f"Thing {i} is",
+            "subject": f"Thing {i}",
+            "target_true": COLOURS[i % 3],
+            "paraphrase_prompt": f"They say thing {i} is",
+            "relation": f"kind {i % 2}",
+        }
+        for i in range(40)
+    ]
+    counts = [{"subject": f"Thing {i}", "answer": COLOURS[i % 3], "documents": i * i} for i in range(39)]
+    (folder / "counterfact").mkdir()
+    for path, rows in ((folder / "counterfact" / "rows.jsonl", facts), (folder / "counts.jsonl", counts)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "story.txt").write_text("The sun is in the sky. The sky is not the sun. " * 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMPASTO_DATA", str(folder))
+        patch.setenv("IMPASTO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def study(loaded, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    with Store(folder) as store:
+        shown = run_laser(loaded, store=store, counts=[data / "counts.jsonl"], texts=[data / "story.txt"], **ASKED)
+    return folder, shown
+
+
+@pytest.fixture
+def evidence(study):
+    with Store(study[0], readonly=True) as store:
+        return study_of(store)
+
+
+# ── a whole study ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_all_three_are_asked_and_drawn(study):
+    _, shown = study
+    told = {answer.key: answer for answer in shown.answers}
+    for key in ("rare", "discarded", "reads"):
+        assert not told[key].effect.startswith("Not measured"), told[key].effect
+    drawn = {figure.key: figure for figure in shown.figures}
+    for key in ("frequency", "boosts", "tails", "texts"):
+        assert plots.draw(drawn[key]), key
+    assert told["reads"].figure == "texts" and told["rare"].figure == "boosts" and told["discarded"].figure == "tails"
+
+
+def test_each_document_has_its_own_fact_s_count(evidence, data):
+    [trial] = evidence.trials
+    [found] = trial.mentions
+    [pair] = pairs(adapted(PROTOCOLS["quick"], limit=6), ["laser_counterfact"], (), None, None)
+    for document, count in zip(pair.test.documents.values(), found.counts, strict=True):
+        number = int(document["about"].split()[1])
+        assert count == (None if number == 39 else number * number)
+    assert (found.name, found.corpus) == ("counts", "")
+
+
+def test_perplexities_are_those_of_the_texts_alone(evidence, loaded, data):
+    [trial], [text] = evidence.trials, evidence.texts
+    recipes = [trial.report.uses[use] for use in (BASE, CHOSEN)]
+    alone = perplexity(loaded, recipes, [(data / "story.txt").read_text()])
+    for use, expected in zip((BASE, CHOSEN), alone, strict=True):
+        assert deeper.perplexity(trial, text, use) == pytest.approx(expected.metrics[METRIC], rel=1e-6)
+        assert text.reads[trial.report.uses[use].fingerprint] == expected.scores[METRIC]
+    assert text.tokens == alone[0].info["tokens"]
+
+
+def test_the_whole_matrix_says_what_the_model_says(evidence, loaded):
+    [trial] = evidence.trials
+    [pair] = pairs(adapted(PROTOCOLS["quick"], limit=6), ["laser_counterfact"], (), None, None)
+    known = {request.fingerprint: request for request in pair.test.requests}
+    asked = {known[item.options[0]].context: n for n, item in enumerate(items(pair.test))}
+    assert trial.spoken is not None and trial.spoken.tails[-1].share == 1
+    expected = []
+    for context in asked:
+        ids = torch.tensor([loaded.tokenizer(context).input_ids])
+        with torch.no_grad():
+            expected.append(loaded.tokenizer.decode([int(loaded.model(ids).logits[0, -1].argmax())]))
+    assert sorted(trial.spoken.tails[-1].said) == sorted(expected)
+    assert len(trial.spoken.relations) == len(asked) and set(trial.spoken.relations) == {"kind 0", "kind 1"}
+
+
+def test_counts_and_texts_that_come_later_run_nothing_else(study, loaded, data, tmp_path, monkeypatch):
+    import impasto.scoring as scoring
+
+    bare = tmp_path / "bare"
+    with Store(bare) as store:
+        first = run_laser(loaded, store=store, **ASKED)
+        told = {answer.key: answer.effect for answer in first.answers}
+        assert "(--text FILE)" in told["reads"] and "--frequencies" in told["rare"]
+        monkeypatch.setattr(scoring, "call_layer", lambda *_: pytest.fail("a layer was run again"))
+        counted = run_laser(loaded, store=store, counts=[data / "counts.jsonl"], **ASKED)
+        monkeypatch.undo()
+        monkeypatch.setenv("IMPASTO_DATA", str(data))
+        again = run_laser(loaded, store=store, texts=[data / "story.txt"], **ASKED)
+    assert {answer.key: answer.verdict for answer in counted.answers if answer.key == "rare"}
+    assert again.answers == study[1].answers == page_of(bare).answers
+
+
+def test_what_cannot_be_read_is_said(data, loaded, tmp_path):
+    (tmp_path / "odd.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"odd\.txt is not in UTF-8, so it cannot be read as text"):
+        text_tasks(loaded, [tmp_path / "odd.txt"])
+    with pytest.raises(UsageError, match="no text in"):
+        text_tasks(loaded, [tmp_path / "none.txt"])
+    [pair] = pairs(adapted(PROTOCOLS["quick"], limit=6), ["laser_counterfact"], (), None, None)
+    with pytest.raises(UsageError, match="holds no counts"):
+        mentions(pair.test, [data / "story.txt"])
+    (tmp_path / "other.jsonl").write_text('{"subject": "a", "answer": "b", "documents": 3}\n')
+    assert mentions(pair.test, [tmp_path / "other.jsonl"]) == ()
+    for option in ("--text", "--frequencies"):
+        result = CliRunner().invoke(cli.app, ["study", "laser", "demo", option, str(tmp_path / "none")])
+        assert result.exit_code != 0 and isinstance(result.exception, UsageError)
+
+
+def test_a_count_says_its_rule_and_its_corpus(tmp_path, data):
+    (tmp_path / "texts.txt").write_text("Thing 1 is blue.\n\nThing 2, a thing, is green.\n")
+    asked = [corpus.Pair(f"Thing {i}", COLOURS[i % 3]) for i in range(39)]
+    rules = corpus.Rules(match="all_words", ignore_case=True)
+    counts = corpus.count(corpus.files([str(tmp_path / "texts.txt")]), asked, rules=rules)
+    corpus.write(counts, tmp_path / "counts.json")
+    [pair] = pairs(adapted(PROTOCOLS["quick"], limit=6), ["laser_counterfact"], (), None, None)
+    [found] = mentions(pair.test, [tmp_path / "counts.json"])
+    assert (found.name, found.corpus) == ("all words, any case", "2 documents")
+
+
+# ── verdicts follow a known truth ────────────────────────────────────────────────────────────────────────────
+
+CUT = edit(3, "up", Decimal("0.1"))
+
+
+def trial_of(base, chosen, **more) -> Trial:
+    """A trial of facts, right or wrong."""
+    found = Report(6, CUT, None, (), PROTOCOLS["standard"])
+    sheets = {
+        found.uses[use].fingerprint: Sheet(tuple(map(float, scores)))
+        for use, scores in ((BASE, base), (CHOSEN, chosen))
+    }
+    n = len(base)
+    return Trial(
+        name="laser_counterfact",
+        metric="acc,none",
+        chance=None,
+        majority=None,
+        labels=(),
+        golds=(),
+        groups=tuple(i % 5 for i in range(n)),
+        commonest="a",
+        units=tuple(range(n)),
+        validation=50,
+        test=n,
+        grid=16,
+        chosen=CUT,
+        report=found,
+        sheets=sheets,
+        **more,
+    )
+
+
+def told_of(trial: Trial, *texts: Text):
+    found = Evidence(6, PROTOCOLS["standard"], (Matrix(3, "up", "mlp", 4, 8),), (trial,), {}, texts)
+    assert page(found).figures
+    return {answer.key: answer for answer in answers(found, ())}
+
+
+@pytest.mark.parametrize("gains", ["rare", "frequent", "both"])
+def test_facts_that_gain_by_their_frequency(gains):
+    often = np.arange(400) * 5
+    base = np.zeros(400)
+    edited = {"rare": often < 50, "frequent": often > 1000, "both": np.arange(400) % 2 == 0}[gains]
+    edited = np.where(np.arange(400) % 7 == 0, 0, edited) if gains != "both" else edited
+    often = np.where(often < 500, often % 40, often)  # a hundred facts below 50
+    edited = often < 50 if gains == "rare" else edited
+    counted = Mentions("phrase", "9 documents", tuple(int(one) for one in often))
+    told = told_of(trial_of(base, edited, mentions=(counted,)))["rare"]
+    assert told.verdict == {"rare": "yes", "frequent": "no", "both": "unclear"}[gains], told.effect
+    assert "fewer than 50" in told.effect and "more than 1,000" in told.effect
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 5000)), max_size=60))
+def test_bounds_ascend_and_rare_facts_are_counted_at_least_once_or_never(counts):
+    low, high = deeper.bounds(Mentions("phrase", "", tuple(counts)))
+    assert 1 <= low < high
+
+
+def spoken_of(said, golds, kinds, share=0.9) -> Spoken:
+    tails = tuple(
+        Tail(one, tuple(said), tuple(a == b for a, b in zip(said, golds, strict=True)), (0.5,) * len(said))
+        for one in (share, 1.0)
+    )
+    return Spoken(3, "up", 0, tuple(golds), tuple(kinds), tuple(range(len(said))), tails)
+
+
+def test_discarded_components_of_the_right_kind_are_told_from_others():
+    n = 600
+    kinds = ["city", "tongue"] * (n // 2)
+    golds = [
+        ("Rome", "Bonn", "Lima")[i % 3] if kinds[i] == "city" else ("Latin", "Welsh", "Urdu")[i % 3] for i in range(n)
+    ]
+    other = {"Rome": "Bonn", "Bonn": "Lima", "Lima": "Rome", "Latin": "Welsh", "Welsh": "Urdu", "Urdu": "Latin"}
+    trial = trial_of(np.zeros(n), np.ones(n))
+    related = replace(trial, spoken=spoken_of([other[gold] for gold in golds], golds, kinds))
+    told = told_of(related)["discarded"]
+    assert told.verdict == "yes" and "100.0 % are right for another fact" in told.effect
+    words = replace(trial, spoken=spoken_of(["the", "of", "a"] * (n // 3), golds, kinds))
+    told = told_of(words)["discarded"]
+    assert told.verdict == "no" and "100.0 % with a function word" in told.effect
+    assert told_of(replace(trial, spoken=spoken_of(golds, golds, [""] * n)))["discarded"].verdict == "unclear"
+    elsewhere = replace(trial, spoken=spoken_of(golds, golds, kinds, share=0.5))  # not what this edit throws away
+    assert told_of(elsewhere)["discarded"].verdict == "unclear"
+
+
+@pytest.mark.parametrize(("worse", "verdict"), [(0.0, "yes"), (0.005, "yes"), (0.2, "no"), (-0.2, "yes")])
+def test_text_that_is_read_as_well_or_worse(worse, verdict):
+    trial = trial_of(np.zeros(30), np.ones(30))
+    losses = np.random.default_rng(0).normal(3, 1, 50)
+    noise = np.random.default_rng(1).normal(0, 0.01, 50)
+    reads = {
+        trial.report.uses[BASE].fingerprint: tuple(losses),
+        trial.report.uses[CHOSEN].fingerprint: tuple(losses + worse + noise),
+    }
+    told = told_of(trial, Text("novel", 5000, reads))["reads"]
+    assert told.verdict == verdict
+    assert f"novel {np.exp(losses.mean()):.2f}" in told.effect
+
+
+def test_a_text_with_a_gap_is_not_judged():
+    trial = trial_of(np.zeros(30), np.ones(30))
+    reads = {trial.report.uses[use].fingerprint: (3.0, None) for use in (BASE, CHOSEN)}
+    assert told_of(trial, Text("novel", 5000, reads))["reads"].verdict == "unclear"
+
+
+def test_recipes_of_a_text_are_the_plain_schedule(evidence):
+    [text] = evidence.texts
+    plain = Recipe("", Schedule.identity(4)).fingerprint
+    assert plain in text.reads and len(text.reads) == 2
