@@ -128,7 +128,7 @@ def _split(model: nn.Module, block: nn.Module, layer: int) -> Halves:
         def run(h: Tensor, mutes: tuple[Mute, ...] = ()) -> Tensor:
             args, kwargs = context.join(h)
             with _muted(block, mutes):
-                return hidden_of(real_call(block, args, kwargs))
+                return hidden_of(real_call(block, args, kwargs)).to(h.device)  # a layer may stand elsewhere
 
         whole = run(hidden)
         attention, mlp = _children(block, run, hidden, where)
