@@ -227,7 +227,7 @@ def test_labels_of_one_length_share_their_row() -> None:
     model = usual()
     masker = Masker(model, TOKENIZER)
     asked = [masker.encode("It is", label) for label in (" aye", " nay", " perhaps")]
-    sheet = masked._Sheet(asked, [False] * 3, "together", masker.mask, 1, "tokens")
+    sheet = masked.Sheet(asked, [False] * 3, "together", masker.mask, 1, "tokens")
     assert len(sheet.wanted) == 2
     assert sorted(len(wanted) for wanted in sheet.wanted.values()) == [8, 8]
 
@@ -275,7 +275,7 @@ def test_running_out_of_memory_halves_the_budget(monkeypatch: pytest.MonkeyPatch
     real = MaskedScorer._answer
 
     def scarce(self: Any, tree: Any, rows: Any, sheet: Any) -> Any:
-        if masked._padded(rows) > 150:
+        if masked.padded(rows) > 150:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, tree, rows, sheet)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from impasto.encoding import Encoder, Piece, quiet_harness
 from impasto.errors import UsageError
-from impasto.evaluate import evaluate, scorer_of
+from impasto.evaluate import evaluate, next_scorer
 from impasto.models import LoadedModel
 from impasto.recipe import Recipe
 from impasto.result import Request, Response, Result, digest
@@ -183,7 +183,7 @@ def sliding_scorer(
     loaded: LoadedModel, batch_tokens: int | None = None, note: Callable[[str], None] | None = None
 ) -> Scorer:
     """A scorer that reads windows of text as well as all other requests."""
-    scorer = scorer_of(loaded, batch_tokens, note=note)
+    scorer = next_scorer(loaded, batch_tokens, note=note)
     scorer.encoder = _WindowEncoder(loaded.model, loaded.tokenizer)
     return scorer
 

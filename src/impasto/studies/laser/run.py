@@ -46,7 +46,7 @@ from impasto.studies.run import StudyPlan
 from impasto.tasks import TaskSet
 
 if TYPE_CHECKING:
-    from impasto.scoring import Scorer
+    from impasto.scoring import Scoring
 
 Progress = Callable[[str, float], None]
 Note = Callable[[str], None]
@@ -81,7 +81,7 @@ class _Study:
     book: Book
     pairs: Sequence[Pair]
     grid: tuple[Edit, ...]
-    scorer: Callable[[], Scorer]
+    scorer: Callable[[], Scoring]
     batch_tokens: int | None
     where: Place | None
     counts: Sequence[Path | str]
