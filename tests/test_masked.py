@@ -19,16 +19,19 @@ from transformers import PreTrainedTokenizerFast
 
 import families
 from impasto import masked
+from impasto.anatomy import anatomy
 from impasto.apply import applied
 from impasto.edit import Edit
 from impasto.errors import OutOfMemory, UsageError
 from impasto.evaluate import evaluate, setting_of
 from impasto.head import TOP
 from impasto.masked import MaskedScorer, Masker
+from impasto.matrices import matched
 from impasto.models import adopt
 from impasto.recipe import Recipe
 from impasto.result import RANK, Request
 from impasto.scoring import Batch
+from impasto.screening import screen
 from impasto.store import Store
 from impasto.surgery import edited
 from impasto.tasks import build
@@ -351,6 +354,58 @@ def test_an_encoder_answers_a_task_and_the_store_keeps_it(tmp_path: Path) -> Non
     values, _ = expect(model, task.requests)
     assert [kept[r.fingerprint].loglikelihood for r in task.requests] == pytest.approx(list(values), abs=2e-4)
     assert len(results) == 2 and all(result.n == 4 and result.nonfinite == 0 for result in results)
+
+
+def mean_loss(model: Any, requests: Sequence[Request], masking: str) -> float:
+    values, _ = expect(model, requests, masking=masking)
+    return float(np.mean([-value / len(request.continuation) for value, request in zip(values, requests, strict=True)]))
+
+
+def slope(model: Any, text: str, requests: Sequence[Request], masking: str) -> float:
+    """d loss / d t at t = 0 of W + t (W' - W) for the matrices of an edit, by central differences."""
+    body, step = anatomy(model), 1e-2
+    edit = Edit.parse(text, body.depth)
+    weights = [body.layers[site.layer].get_parameter(site.parameter) for site in matched(model, body, edit)]
+    before = [weight.data.clone() for weight in weights]
+    with edited(model, [edit]):
+        change = [weight.data - old for weight, old in zip(weights, before, strict=True)]
+    losses = []
+    for way in (step, -step, 0):
+        for weight, old, by in zip(weights, before, change, strict=True):
+            weight.data.copy_(old + way * by)
+        losses.append(mean_loss(model, requests, masking))
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("masking", ["together", "each"])
+def test_what_is_foretold_of_edits_are_the_slopes_of_finite_differences(
+    family: str, masking: str, tmp_path: Path
+) -> None:
+    model = families.build(family, torch.float64, vocab_size=SIZE)
+    names = [matrix.name for matrix in anatomy(model).matrices(2)]
+    edits = [f"4.{names[-1]}@0.3", f"1.{names[0]}@r2", f"2:4.{names[-2]}@prune0.5"]
+    loaded = adopt(model, TOKENIZER).scored(masking)
+    requests = [*REQUESTS[2:4], *ask(("The sea", " b"), ("", "ab"), ("The sky:", " sea"))]
+    rows = [screen(loaded, requests, edits, folder=tmp_path, batch_tokens=tokens) for tokens in (None, 20)]
+    changes = [[one.change for one in found] for found in rows]
+    expected = [slope(model, text, requests, masking) for text in edits]
+    np.testing.assert_allclose(changes[0], expected, rtol=5e-3, atol=1e-5)
+    np.testing.assert_allclose(changes[1], changes[0], rtol=1e-5)
+    assert max(map(abs, expected)) > 1e-4
+
+
+def test_screening_leaves_a_masked_model_as_it_was(tmp_path: Path) -> None:
+    model = encoder()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shares: list[float] = []
+    found = screen(
+        adopt(model, TOKENIZER), REQUESTS, ["1:3.*@0.5"], folder=tmp_path, curvature=True, progress=shares.append
+    )
+    assert found[0].curvature is not None and found[0].curvature >= 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) > 1
 
 
 def test_nothing_asked_is_nothing_answered() -> None:

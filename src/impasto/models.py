@@ -97,7 +97,9 @@ class LoadedModel:
         if masking not in MASKINGS:
             raise UsageError(f"no way to mask {masking!r}: one of {', '.join(MASKINGS)}")
         if not self.masked:
-            raise UsageError(f"{self.name} is no masked language model, so there is nothing to mask: leave --masking out")
+            raise UsageError(
+                f"{self.name} is no masked language model, so there is nothing to mask: leave --masking out"
+            )
         return replace(self, setting=replace(self.setting, masking=masking))
 
     def require_head(self) -> None:

@@ -135,6 +135,10 @@ class Scoring(Protocol):
     def budget(self) -> int | None:
         """Padded tokens of one batch."""
 
+    @property
+    def note(self) -> Callable[[str], None]:
+        """Told in a sentence what the user should know."""
+
     def pieces(self, requests: Sequence[Request]) -> list[Piece]:
         """The sequences to run."""
 
