@@ -261,7 +261,7 @@ def scorer_of(
     batch_tokens: int | None = None,
     sharing: Sharing | None = None,
     note: Note | None = None,
-) -> Scoring:
+) -> Scorer | MaskedScorer:
     """A scorer that fits this model and can apply edits: of masked tokens, or of next ones.
 
     Raises:

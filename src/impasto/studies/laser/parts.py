@@ -26,6 +26,8 @@ Progress = Callable[[str, float], None]
 Note = Callable[[str], None]
 
 VALIDATION = "_validation"
+MASKED = "_masked"  # ends the names of tasks that are worded for encoders
+WORDED = ("laser", "laser_counterfact", "laser_bios_gender", "laser_bios_profession")  # there is such a form of these
 _SHARE = 0.2  # of a task without parts of its own
 
 
@@ -49,6 +51,8 @@ def pairs(
     include: Sequence[Path | str],
     progress: Progress | None,
     note: Note | None,
+    *,
+    masked: bool = False,
 ) -> list[Pair]:
     """The tasks of a study, each in two parts.
 
@@ -59,13 +63,18 @@ def pairs(
         include: folders with the user's own task files.
         progress: told the share of the tasks that are read.
         note: told which of the protocol's own tasks are left out.
+        masked: the model predicts masked tokens: of the protocol's own tasks those forms are taken that the paper asks
+            encoders; tasks that the user named are asked as named.
 
     Raises:
         UnknownTask: no task of that name.
         FetchError: the data of a named task cannot be had.
         UsageError: a task that has no right answers to compare, or too few documents.
     """
-    wanted = list(names or protocol.tasks)
+    wanted = list(names or [f"{name}{MASKED}" if masked and name in WORDED else name for name in protocol.tasks])
+    if masked and note is not None:
+        for name in [name for name in wanted if name in WORDED]:
+            note(f"{name} is worded for models that read from left to right; {name}{MASKED} is its form for encoders")
     found: list[Pair] = []
     lacking: list[str] = []
     for i, name in enumerate(wanted):
@@ -90,7 +99,7 @@ def pairs(
 def _pairs(name: str, protocol: Protocol, include: Sequence[Path | str], note: Note | None) -> Iterator[Pair]:
     if name.endswith(VALIDATION):
         raise UsageError(f"{name} is a part to choose on: name {name.removesuffix(VALIDATION)}, and both are asked")
-    count = protocol.validation_of(name)
+    count = protocol.validation_of(name.removesuffix(MASKED))
     if name == "laser" or name.startswith("laser_"):
         second = {task.name: task for task in build([name], limit=count and TEST * count, include=include, notice=note)}
         first = build([name + VALIDATION], limit=count, include=include)

@@ -126,7 +126,7 @@ def run_laser(
         report.write(page, "my-run")
 
     Args:
-        loaded: a causal language model, its weights not quantised.
+        loaded: a causal or a masked language model, its weights not quantised.
         store: the run folder's store.
         protocol: "quick", "standard" or "paper".
         task_names: harness tasks instead of the protocol's own. A task of this package named `laser_...` has a
@@ -149,7 +149,7 @@ def run_laser(
 
     Raises:
         UsageError: an unknown protocol, task or matrix, or a share outside of 0 to 1.
-        UnsupportedModel: weights that cannot be edited.
+        UnsupportedModel: weights that cannot be edited, or a model that predicts no tokens.
         ImpastoError: something could not be measured; all else is kept, and `page_of` makes a page of it.
     """
     wanted = _wanted(protocol, limit, types, layers, rhos, select, screen, compose, task_names)
@@ -251,6 +251,7 @@ def _prepare(
     note: Note | None,
 ) -> _Study:
     tell, say = progress or (lambda phase, share: None), note or (lambda text: None)
+    loaded.require_head()
     places = layers_of(wanted.layers, loaded.layers)
     if wanted.compose == "authors" and len(places) < 2:
         raise UsageError("the authors' composition leaves out the last layer, so it needs at least two")
@@ -258,7 +259,7 @@ def _prepare(
     grid = candidates(cut, wanted.rhos)
     if not grid:
         raise UsageError("a share of 1 changes nothing: name shares below it with --rhos")
-    both = pairs(wanted, names, include, progress, note)
+    both = pairs(wanted, names, include, progress, note, masked=loaded.masked)
     asked = Asked(loaded.layers, wanted, cut, len(grid), tuple(pair.part for pair in both), seed, loaded.source)
     return _Study(
         loaded=loaded,
