@@ -14,8 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 import families
 from impasto import masked
@@ -35,34 +33,13 @@ from impasto.screening import screen
 from impasto.store import Store
 from impasto.surgery import edited
 from impasto.tasks import build
-from tiny import tiny_tokenizer
+from tiny import masking_tokenizer, tiny_tokenizer
 
-SPECIAL = ("<pad>", "<cls>", "<sep>", "<mask>")
-MASK = SPECIAL.index("<mask>")
 WORDS = ("sun", " moon", " a cloud over it", " no", " yes", " tree.")
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte behind four special ones; `<cls>` and `<sep>` around every text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<cls> $A <sep>", special_tokens=[(name, vocabulary[name]) for name in ("<cls>", "<sep>")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        cls_token="<cls>",
-        sep_token="<sep>",
-        mask_token="<mask>",
-        model_max_length=128,
-    )
-
-
-TOKENIZER = byte_tokenizer()
+TOKENIZER = masking_tokenizer()
+MASK = TOKENIZER.mask_token_id
 SIZE = len(TOKENIZER)
 
 

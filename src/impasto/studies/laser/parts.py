@@ -13,7 +13,7 @@ import numpy as np
 from impasto.anatomy import anatomy
 from impasto.edit import Edit, Rule
 from impasto.errors import FetchError, UnsupportedModel, UsageError
-from impasto.halves import halves
+from impasto.halves import members
 from impasto.matrices import Site, matched, shape, sites
 from impasto.models import LoadedModel
 from impasto.result import Request, Response, Result
@@ -316,13 +316,11 @@ def matrices(loaded: LoadedModel, types: Sequence[str], layers: Sequence[int]) -
         if kind not in ("mlp", "attention", "all"):
             matched(loaded.model, body, Edit(tuple(layers), kind, Rule("zero")))  # refuses what is nowhere
         for layer in layers:
-            half = _half(loaded, layer, kind)
+            half = _halves(loaded, layer, kind)
             for site in _named(loaded, layer, kind):
                 name = site.names[-1]
                 rows, columns = shape(loaded.model, body, site)
-                where = next(
-                    (word for word, child in half.items() if name.startswith(f"{child}.") or name == child), ""
-                )
+                where = half.get(name.partition(".")[0], "")
                 if kind in ("all", where) or kind not in ("mlp", "attention"):
                     found.setdefault((layer, name), Matrix(layer, name, where, rows, columns))
     if not found:
@@ -340,12 +338,12 @@ def _named(loaded: LoadedModel, layer: int, kind: str) -> list[Site]:
         return []
 
 
-def _half(loaded: LoadedModel, layer: int, kind: str) -> dict[str, str]:
-    """Names of the two children that are a block's halves."""
+def _halves(loaded: LoadedModel, layer: int, kind: str) -> dict[str, str]:
+    """Which half of a block its children are of, by their names."""
     try:
-        found = halves(loaded.model, anatomy(loaded.model), layer)
+        found = members(loaded.model, anatomy(loaded.model), layer)
     except UnsupportedModel as problem:
         if kind in ("mlp", "attention"):
             raise UnsupportedModel(f"{problem}; name the matrices instead (--types), or take all of them") from None
         return {}
-    return {"mlp": found.mlp.name, "attention": found.attention.name}
+    return {name: "attention" if half == "attn" else half for name, half in found.items()}
