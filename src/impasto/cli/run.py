@@ -40,9 +40,7 @@ def run(
     attn_implementation: options.AttnImplementation = None,
     device_map: options.DeviceMap = None,
 ) -> None:
-    """Write text under a schedule, and the original's beside it, with the speed of both.
-
-    An encoder fills masks behind the prompt, all at once, five at most.
+    """Write text under a schedule, and the original's beside it, with the speed of both; an encoder fills five masks.
 
     Examples:
       impasto run demo -s "0:8 12:18" "The capital of France is"
