@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from impasto.studies.laser.kept import study_of
 from impasto.studies.laser.parts import matrices, pairs
 from impasto.studies.laser.protocol import PROTOCOLS
 from impasto.studies.laser.run import dry_run_laser, page_of, run_laser
+from impasto.studies.laser_tail import tail_answers
 from tiny import masking_tokenizer, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -259,13 +261,10 @@ def test_both_matrices_of_an_encoders_mlp_are_cut(family: str) -> None:
     assert {one.half for one in matrices(loaded_of(family), ["all"], [1])} == {"attention", "mlp"}
 
 
-@pytest.mark.parametrize("family", ["roberta", "modernbert"])
-def test_a_whole_study_of_an_encoder_goes_on_where_it_was(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_study_of_an_encoder_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import impasto.studies.laser.run as run
 
-    loaded, notes, phases = loaded_of(family), [], []
+    loaded, notes, phases = loaded_of(), [], []
     own = {"protocol": "quick", "note": notes.append, **ASKED}
 
     def stop(*_: Any) -> Any:
@@ -289,7 +288,31 @@ def test_a_whole_study_of_an_encoder_goes_on_where_it_was(
         assert len(trial.screened) == trial.grid and trial.chosen is not None
         top = max(point.accuracy for point in trial.points.values())
         assert trial.points[trial.chosen].accuracy == top
+    assert [trial.spoken is not None for trial in kept.trials] == [True, False]  # labels are no words of its own
     assert not [note for note in notes if "worded" in note]
+    with Store(tmp_path) as store, pytest.raises(UnsupportedModel, match="perplexity is that of next tokens$"):
+        run_laser(loaded, store=store, task_names=TASKS, texts=[Path(__file__)], **own)
+
+
+def test_what_is_discarded_speaks_at_the_first_mask(loaded: models.LoadedModel) -> None:
+    (task,) = tasks.build(["laser_counterfact_masked"], limit=6)
+    shares = [Decimal("0.25"), Decimal(1)]
+    found = tail_answers(loaded, 2, "output.dense", task.requests, shares=shares)
+    for one, edits in zip(found, (["2.output.dense@tail0.25"], []), strict=True):
+        with applied(loaded, None, edits):
+            expected = [first_at_mask(loaded.model, request) for request in task.requests]
+        assert list(one.tokens) == expected
+        golds = [TOKENIZER.encode(request.continuation, add_special_tokens=False)[0] for request in task.requests]
+        assert list(one.right) == [token == gold for token, gold in zip(expected, golds, strict=True)]
+
+
+def first_at_mask(model: Any, request: Request) -> int:
+    """The likeliest token at the first mask, by one forward pass."""
+    texts = (request.context, request.continuation, request.after)
+    left, targets, right = (TOKENIZER.encode(text, add_special_tokens=False) for text in texts)
+    row = [1, *left, *[TOKENIZER.mask_token_id] * len(targets), *right, 2]
+    with torch.no_grad():
+        return int(model(input_ids=torch.tensor([row])).logits[0, 1 + len(left)].argmax())
 
 
 def test_another_masking_is_another_study(tmp_path: Path) -> None:

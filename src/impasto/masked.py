@@ -472,23 +472,40 @@ def respond(
         raise UsageError("only requests that generate text are answered with text")
     masker = Masker(model, tokenizer, specials=specials, window=window)
     asked = [masker.blanks(request.context, masks) for request in requests]
+    answers: list[Response] = [Response()] * len(requests)
+    for index, tokens in likeliest(model, masker, asked, budget=budget):
+        text = None if tokens is None else tokenizer.decode(list(tokens), skip_special_tokens=True)
+        answers[index] = Response(text=text, tokens=masks, truncated=asked[index].truncated)
+        if on_response is not None:
+            on_response(index, answers[index])
+    return answers
+
+
+def likeliest(
+    model: Any, masker: Masker, asked: Sequence[Masked], *, budget: int | None = None
+) -> Iterator[tuple[int, tuple[int, ...] | None]]:
+    """The likeliest token at each mask, all targets masked at once; None where a logit is not finite.
+
+    Args:
+        model: a masked language model, run as it is.
+        masker: of its tokenizer.
+        asked: what stands around the masks; equal sequences are run once.
+        budget: padded tokens per batch; None: by device.
+
+    Yields:
+        The number of each entry of `asked` with its tokens, batch by batch.
+    """
     sheet = Sheet(asked, [False] * len(asked), "together", masker.mask, 1, "tokens")
     device = input_device(model)
     arguments = anatomy(model).arguments
-    answers: list[Response] = [Response()] * len(requests)
     for rows in sheet.batches(budget or BUDGET.get(device.type, BUDGET["cuda"])):
         with quietly(model):
             logits = model(**_inputs(rows, arguments, device)).logits
         for number, row in enumerate(rows):
-            for index in {index for index, _ in sheet.wanted[row]}:
+            for index in dict.fromkeys(index for index, _ in sheet.wanted[row]):
                 start = len(asked[index].left)
-                best = logits[number, start : start + masks].max(-1)
-                finite = bool(best.values.isfinite().all())
-                text = tokenizer.decode(best.indices.tolist(), skip_special_tokens=True) if finite else None
-                answers[index] = Response(text=text, tokens=masks, truncated=asked[index].truncated)
-                if on_response is not None:
-                    on_response(index, answers[index])
-    return answers
+                best = logits[number, start : start + len(asked[index].targets)].max(-1)
+                yield index, tuple(best.indices.tolist()) if bool(best.values.isfinite().all()) else None
 
 
 def _inputs(rows: Sequence[tuple[int, ...]], arguments: frozenset[str], device: torch.device) -> dict[str, Any]:

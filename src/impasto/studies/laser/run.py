@@ -18,7 +18,7 @@ from impasto import composition
 from impasto.composition import Rung, Verdict
 from impasto.edit import Edit
 from impasto.errors import ImpastoError, UsageError
-from impasto.evaluate import Place, evaluate, plan, setting_of
+from impasto.evaluate import Place, evaluate, plan, scorer_of, setting_of
 from impasto.models import LoadedModel
 from impasto.perplexity import METRIC, sliding_scorer
 from impasto.recipe import Recipe
@@ -260,6 +260,7 @@ def _prepare(
     if not grid:
         raise UsageError("a share of 1 changes nothing: name shares below it with --rhos")
     both = pairs(wanted, names, include, progress, note, masked=loaded.masked)
+    made = scorer_of if loaded.masked else sliding_scorer
     asked = Asked(loaded.layers, wanted, cut, len(grid), tuple(pair.part for pair in both), seed, loaded.source)
     return _Study(
         loaded=loaded,
@@ -267,7 +268,7 @@ def _prepare(
         book=Book(store, setting_of(loaded), asked, asked.mark),
         pairs=both,
         grid=grid,
-        scorer=functools.cache(lambda: sliding_scorer(loaded, batch_tokens, note=say)),
+        scorer=functools.cache(lambda: made(loaded, batch_tokens, note=say)),
         batch_tokens=batch_tokens,
         where=where,
         counts=counts,
