@@ -38,12 +38,12 @@ SURFACE = {
     "study": "",
     "study painters": f"[MODEL] --batch-size --dry-run --include-path --limit --methods --output --protocol --ray --seeds "
     f"--tasks --workers -o {LOADING}",
-    "study laser": f"[MODEL] --batch-size --compose --dry-run --include-path --layers --limit --output --protocol --ray "
-    f"--rhos --screen --seed --select --tasks --types --workers -o {LOADING}",
+    "study laser": f"[MODEL] --batch-size --compose --dry-run --frequencies --include-path --layers --limit --masking "
+    f"--output --protocol --ray --rhos --screen --seed --select --tasks --text --types --workers -o {LOADING}",
     "show": f"MODEL --schedule -s {LOADING}",
     "run": f"MODEL PROMPT --chat --edit --kv --max-new-tokens --schedule -e -s {LOADING}",
-    "eval": f"MODEL --apply-chat-template --batch-size --dry-run --edit --include-path --kv --limit --num-fewshot "
-    f"--output --ray --schedule --seed --tasks --workers -e -o -s {LOADING}",
+    "eval": f"MODEL --apply-chat-template --batch-size --dry-run --edit --include-path --kv --limit --masking "
+    f"--num-fewshot --output --ray --schedule --seed --tasks --workers -e -o -s {LOADING}",
     "bench": f"MODEL --accuracy --batch-sizes --compile --contexts --edit --input-len --mode --new-tokens --num-iters "
     f"--output --output-len --peers --rounds --schedule -e -o -s {LOADING}",
     "corpus": "",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from families import DEPTH, build
 from impasto.anatomy import anatomy
 from impasto.evaluate import scorer_of
 from impasto.matrices import sites
+from impasto.models import LoadedModel
 from impasto.recipe import Recipe
-from impasto.result import Request
+from impasto.result import Request, Setting
 from impasto.scoring import Scorer, Sharing
 from impasto.surgery import edited
 from tiny import tiny_tokenizer
@@ -51,7 +51,8 @@ def alone(model: Any, recipe: Recipe, requests: list[Request]) -> np.ndarray:
 
 
 def loaded(model: Any) -> Any:
-    return SimpleNamespace(model=model, tokenizer=tiny_tokenizer())
+    setting = Setting("tiny", "weights", "float32", "cpu")
+    return LoadedModel("tiny", model, tiny_tokenizer(), setting, anatomy(model).depth, "made here")
 
 
 def grid(model: Any, layers: tuple[int, ...]) -> list[Recipe]:

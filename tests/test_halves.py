@@ -10,7 +10,7 @@ import torch
 from families import DECODERS, DEPTH, FAMILIES, inputs, shared
 from impasto.anatomy import anatomy
 from impasto.errors import UnsupportedModel
-from impasto.halves import halves
+from impasto.halves import halves, members
 from impasto.runtime import scheduled
 from impasto.schedule import Schedule
 
@@ -68,6 +68,24 @@ def test_halves_with_a_cache(family: str) -> None:
             out = model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
             pieces.append(out.logits)
         assert (torch.cat(pieces, 1) - full).abs().max() <= 1e-4 * full.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "mlp"),
+    [
+        ("llama", {"self_attn"}, {"mlp"}),
+        ("gptj", {"attn"}, {"mlp"}),  # a parallel residual
+        ("opt", {"self_attn"}, {"fc1", "fc2"}),
+        ("bert", {"attention"}, {"intermediate", "output"}),
+    ],
+)
+def test_every_child_with_matrices_belongs_to_its_half(family: str, attention: set[str], mlp: set[str]) -> None:
+    model = shared(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = members(model, anatomy(model), 2)
+    assert {name for name, half in found.items() if half == "attn"} == attention
+    assert {name for name, half in found.items() if half == "mlp"} == mlp
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_mlp_half_mixes_no_positions_and_the_attention_half_does() -> None:

@@ -252,7 +252,9 @@ def test_the_tasks_of_a_benchmark_ask_the_two_parts(folder: Path) -> None:
 
 def test_every_task_has_its_validation_task_and_both_groups_hold_the_eight() -> None:
     found = {path.stem: yaml.load(path.read_text(), Loader=Plain) for path in HOME.glob("*.yaml")}
-    groups = {found.pop("laser")["group"]: "", found.pop("laser_validation")["group"]: "_validation"}
+    groups = [
+        found.pop(name)["group"] for name in ("laser", "laser_masked", "laser_validation", "laser_masked_validation")
+    ]
     for stem, config in found.items():
         assert config["task"] == f"laser_{stem}"
         if not stem.endswith("_validation"):
@@ -261,9 +263,24 @@ def test_every_task_has_its_validation_task_and_both_groups_hold_the_eight() -> 
                 "task": f"laser_{stem}_validation",
                 "test_split": "validation",
             }
-    for group, suffix in groups.items():
+    for group in groups:
         listed = yaml.load((HOME / f"{group}.yaml").read_text(), Loader=Plain)["task"]
-        assert listed == [f"laser_{name}{suffix}" for name in NAMES]
+        masked, suffix = "_masked" in group, "_validation" if group.endswith("_validation") else ""
+        forms = [f"{name}_masked" if masked and f"{name}_masked" in found else name for name in NAMES]
+        assert listed == [f"laser_{form}{suffix}" for form in forms]
+    assert {name for name in found if name.endswith("_masked")} == {
+        f"{name}_masked" for name in ("counterfact", "bios_gender", "bios_profession")
+    }
+
+
+def test_a_full_stop_stands_behind_the_masks_where_the_paper_has_one(folder: Path) -> None:
+    ends = {task.name: {request.after for request in task.requests} for task in tasks.build(["laser_masked"])}
+    assert {name for name, after in ends.items() if after == {"."}} == {name for name in ends if "_masked" in name}
+    assert all(after in ({"."}, {""}) for after in ends.values()) and len(ends) == 8
+    (facts,) = tasks.build(["laser_counterfact_masked"])
+    assert all(request.wants_rank for request in facts.requests)
+    (own,) = tasks.build(["laser_counterfact"])
+    assert {request.options for request in own.requests} == {RANK}
 
 
 class Plain(yaml.SafeLoader):

@@ -14,52 +14,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 import families
 from impasto import masked
+from impasto.anatomy import anatomy
 from impasto.apply import applied
 from impasto.edit import Edit
 from impasto.errors import OutOfMemory, UsageError
 from impasto.evaluate import evaluate, setting_of
 from impasto.head import TOP
 from impasto.masked import MaskedScorer, Masker
+from impasto.matrices import matched
 from impasto.models import adopt
 from impasto.recipe import Recipe
 from impasto.result import RANK, Request
 from impasto.scoring import Batch
+from impasto.screening import screen
 from impasto.store import Store
 from impasto.surgery import edited
 from impasto.tasks import build
-from tiny import tiny_tokenizer
+from tiny import masking_tokenizer, tiny_tokenizer
 
-SPECIAL = ("<pad>", "<cls>", "<sep>", "<mask>")
-MASK = SPECIAL.index("<mask>")
 WORDS = ("sun", " moon", " a cloud over it", " no", " yes", " tree.")
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte behind four special ones; `<cls>` and `<sep>` around every text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<cls> $A <sep>", special_tokens=[(name, vocabulary[name]) for name in ("<cls>", "<sep>")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        cls_token="<cls>",
-        sep_token="<sep>",
-        mask_token="<mask>",
-        model_max_length=128,
-    )
-
-
-TOKENIZER = byte_tokenizer()
+TOKENIZER = masking_tokenizer()
+MASK = TOKENIZER.mask_token_id
 SIZE = len(TOKENIZER)
 
 
@@ -227,7 +207,7 @@ def test_labels_of_one_length_share_their_row() -> None:
     model = usual()
     masker = Masker(model, TOKENIZER)
     asked = [masker.encode("It is", label) for label in (" aye", " nay", " perhaps")]
-    sheet = masked._Sheet(asked, [False] * 3, "together", masker.mask, 1, "tokens")
+    sheet = masked.Sheet(asked, [False] * 3, "together", masker.mask, 1, "tokens")
     assert len(sheet.wanted) == 2
     assert sorted(len(wanted) for wanted in sheet.wanted.values()) == [8, 8]
 
@@ -275,7 +255,7 @@ def test_running_out_of_memory_halves_the_budget(monkeypatch: pytest.MonkeyPatch
     real = MaskedScorer._answer
 
     def scarce(self: Any, tree: Any, rows: Any, sheet: Any) -> Any:
-        if masked._padded(rows) > 150:
+        if masked.padded(rows) > 150:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, tree, rows, sheet)
 
@@ -351,6 +331,58 @@ def test_an_encoder_answers_a_task_and_the_store_keeps_it(tmp_path: Path) -> Non
     values, _ = expect(model, task.requests)
     assert [kept[r.fingerprint].loglikelihood for r in task.requests] == pytest.approx(list(values), abs=2e-4)
     assert len(results) == 2 and all(result.n == 4 and result.nonfinite == 0 for result in results)
+
+
+def mean_loss(model: Any, requests: Sequence[Request], masking: str) -> float:
+    values, _ = expect(model, requests, masking=masking)
+    return float(np.mean([-value / len(request.continuation) for value, request in zip(values, requests, strict=True)]))
+
+
+def slope(model: Any, text: str, requests: Sequence[Request], masking: str) -> float:
+    """d loss / d t at t = 0 of W + t (W' - W) for the matrices of an edit, by central differences."""
+    body, step = anatomy(model), 1e-2
+    edit = Edit.parse(text, body.depth)
+    weights = [body.layers[site.layer].get_parameter(site.parameter) for site in matched(model, body, edit)]
+    before = [weight.data.clone() for weight in weights]
+    with edited(model, [edit]):
+        change = [weight.data - old for weight, old in zip(weights, before, strict=True)]
+    losses = []
+    for way in (step, -step, 0):
+        for weight, old, by in zip(weights, before, change, strict=True):
+            weight.data.copy_(old + way * by)
+        losses.append(mean_loss(model, requests, masking))
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("masking", ["together", "each"])
+def test_what_is_foretold_of_edits_are_the_slopes_of_finite_differences(
+    family: str, masking: str, tmp_path: Path
+) -> None:
+    model = families.build(family, torch.float64, vocab_size=SIZE)
+    names = [matrix.name for matrix in anatomy(model).matrices(2)]
+    edits = [f"4.{names[-1]}@0.3", f"1.{names[0]}@r2", f"2:4.{names[-2]}@prune0.5"]
+    loaded = adopt(model, TOKENIZER).scored(masking)
+    requests = [*REQUESTS[2:4], *ask(("The sea", " b"), ("", "ab"), ("The sky:", " sea"))]
+    rows = [screen(loaded, requests, edits, folder=tmp_path, batch_tokens=tokens) for tokens in (None, 20)]
+    changes = [[one.change for one in found] for found in rows]
+    expected = [slope(model, text, requests, masking) for text in edits]
+    np.testing.assert_allclose(changes[0], expected, rtol=5e-3, atol=1e-5)
+    np.testing.assert_allclose(changes[1], changes[0], rtol=1e-5)
+    assert max(map(abs, expected)) > 1e-4
+
+
+def test_screening_leaves_a_masked_model_as_it_was(tmp_path: Path) -> None:
+    model = encoder()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shares: list[float] = []
+    found = screen(
+        adopt(model, TOKENIZER), REQUESTS, ["1:3.*@0.5"], folder=tmp_path, curvature=True, progress=shares.append
+    )
+    assert found[0].curvature is not None and found[0].curvature >= 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) > 1
 
 
 def test_nothing_asked_is_nothing_answered() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from impasto.calibration import calibrate
 from impasto.edit import Edit
 from impasto.errors import ImpastoError, NotationError, OutOfMemory, UnsupportedModel, UsageError
 from impasto.matrices import matched
-from impasto.result import Request
+from impasto.models import LoadedModel
+from impasto.result import Request, Setting
 from impasto.scoring import Scorer
 from impasto.screening import screen
 from impasto.surgery import edited
@@ -36,7 +36,8 @@ REQUESTS = [
 
 
 def loaded(model: Any) -> Any:
-    return SimpleNamespace(model=model, tokenizer=tiny_tokenizer())
+    setting = Setting("tiny", "weights", "float32", "cpu")
+    return LoadedModel("tiny", model, tiny_tokenizer(), setting, anatomy(model).depth, "made here")
 
 
 def wide(family: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -315,8 +316,8 @@ def test_what_cannot_be_screened_is_said(tmp_path: Path) -> None:
         attempt(replace(Edit.parse("3.mlp.up_proj@0.5"), layers=(4,)))
     with pytest.raises(UsageError, match=r"the rule 0.5w needs the matrix's inputs: make them with"):
         attempt("3.mlp.up_proj@0.5w")
-    with pytest.raises(UnsupportedModel, match="does not predict next tokens"):
-        attempt("3.intermediate.dense@0.5", of=loaded(build("bert")))
+    with pytest.raises(UnsupportedModel, match="^tiny was loaded as BertModel, which has no head that predicts tokens"):
+        attempt("3.intermediate.dense@0.5", of=loaded(build("bert").bert))
     broken = tiny_model()
     with torch.no_grad():
         broken.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf

@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from impasto.errors import StoreError
 from impasto.recipe import Recipe
 from impasto.records import from_json, to_json
-from impasto.result import Request, Response, Result, Setting
+from impasto.result import Request, Response, Result, Setting, digest
 from impasto.store import FILENAME, Store
 
 SETTING = Setting("some/model", "w0", "float32", "cpu")
@@ -389,7 +390,7 @@ def test_a_newer_format(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / FILENAME)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StoreError, match=r"was written by a newer impasto \(format 99; this one reads up to 2\)"):
+    with pytest.raises(StoreError, match=r"was written by a newer impasto \(format 99; this one reads up to 3\)"):
         Store(tmp_path)
 
 
@@ -399,6 +400,7 @@ def of_format_1(folder: Path) -> None:
         store.put_batch(SETTING, RECIPES[:1], REQUESTS[:1], loglikelihood=-3.0)
     connection = sqlite3.connect(folder / FILENAME)
     connection.execute("ALTER TABLE responses DROP COLUMN rank")
+    connection.execute("ALTER TABLE settings DROP COLUMN masking")
     connection.execute("PRAGMA user_version = 1")
     connection.commit()
     connection.close()
@@ -410,8 +412,22 @@ def test_an_older_format_is_read(tmp_path: Path, readonly: bool) -> None:
     before = (tmp_path / FILENAME).read_bytes()
     with Store(tmp_path, readonly=readonly) as store:
         (answer,) = store.responses(SETTING, RECIPES[0], REQUESTS[:1]).values()
+        assert store.settings() == [SETTING]
     assert answer == Response(-3.0)
     assert ((tmp_path / FILENAME).read_bytes() == before) == readonly
+
+
+def test_answers_of_masked_tokens_are_kept_apart_and_other_settings_keep_their_names(tmp_path: Path) -> None:
+    ways = [SETTING, *(replace(SETTING, masking=name) for name in ("together", "each", "authors"))]
+    assert len({way.fingerprint for way in ways}) == 4
+    assert SETTING.fingerprint == digest("setting", "w0", "float32", "cpu", "exact", "sdpa")
+    with Store(tmp_path) as store:
+        for value, way in enumerate(ways):
+            store.put_batch(way, RECIPES[:1], REQUESTS[:1], loglikelihood=-float(value))
+        assert store.settings() == ways
+        for value, way in enumerate(ways):
+            (answer,) = store.responses(way, RECIPES[0], REQUESTS[:1]).values()
+            assert answer.loglikelihood == -value
 
 
 def test_an_older_format_is_written_to(tmp_path: Path) -> None:

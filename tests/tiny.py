@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>")
+MASKING = ("<pad>", "<cls>", "<sep>", "<mask>")
 
 
 def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
@@ -25,6 +26,26 @@ def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=256
+    )
+
+
+def masking_tokenizer() -> PreTrainedTokenizerFast:
+    """The same for encoders: one token per byte behind four special ones; `<cls>` and `<sep>` around every text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*MASKING, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>", special_tokens=[(name, vocabulary[name]) for name in ("<cls>", "<sep>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        cls_token="<cls>",
+        sep_token="<sep>",
+        mask_token="<mask>",
+        model_max_length=128,
     )
 
 

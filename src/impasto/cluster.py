@@ -31,7 +31,7 @@ from impasto.evaluate import Lost, Questions, scorer_of, setting_of, write
 from impasto.models import LoadedModel
 from impasto.result import Setting
 from impasto.runtime import KV
-from impasto.scoring import Scorer, Sharing
+from impasto.scoring import Scoring, Sharing
 from impasto.trie import count, plant
 from impasto.units import PER_WORKER, Unit, to_score, to_write
 
@@ -68,8 +68,10 @@ class Reference:
             trust_remote_code=self.trust_remote_code,
             attention=wanted.attention,
         )
+        if wanted.masking and loaded.masked:
+            loaded = loaded.scored(wanted.masking)
         found = setting_of(loaded)
-        for what in ("weights", "dtype", "device", "attention"):
+        for what in ("weights", "dtype", "device", "attention", "masking"):
             here, there = getattr(found, what), getattr(wanted, what)
             if here != there:
                 raise ImpastoError(
@@ -87,7 +89,7 @@ class Worker:
         self.batch_tokens = batch_tokens
         self.sharing = sharing
         self.loaded: LoadedModel
-        self.scorer: Scorer
+        self.scorer: Scoring
         self.tell: Tell = lambda event: None
 
     def load(self) -> Iterator[Event]:
@@ -114,7 +116,7 @@ class Worker:
                     recipe,
                     unit.requests,
                     kv=cast(KV, self.reference.setting.kv),
-                    encode=self.scorer.encoder.encode,
+                    scorer=self.scorer,
                     on_response=lambda place, response: tell(Wrote(place, response)),
                 )
             return
@@ -241,7 +243,7 @@ def planned(questions: Questions, workers: int) -> list[Unit]:
     scorer = questions.scorer()
     gaps = []
     for who, what in questions.scored:
-        pieces = scorer.encoder.pieces(what)
+        pieces = scorer.pieces(what)
         gaps.append((who, what, pieces, count(plant(who)).calls * sum(len(piece.tokens) for piece in pieces)))
     total = sum(cost for *_, cost in gaps) or 1
     units: list[Unit] = []

@@ -11,13 +11,14 @@ from pathlib import Path
 from impasto.errors import StoreError
 
 APPLICATION_ID = 0x696D7061  # "impa", in the file's header: tells our files from other SQLite files
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_SECONDS = 60.0  # how long a writer waits for another one; a transaction takes well under a second
 
 SCHEMA = (
     """CREATE TABLE settings (
         id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, model TEXT NOT NULL, weights TEXT NOT NULL,
-        dtype TEXT NOT NULL, device TEXT NOT NULL, kv TEXT NOT NULL, attention TEXT NOT NULL) STRICT""",
+        dtype TEXT NOT NULL, device TEXT NOT NULL, kv TEXT NOT NULL, attention TEXT NOT NULL,
+        masking TEXT NOT NULL DEFAULT '') STRICT""",
     """CREATE TABLE recipes (
         id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL,
         edits TEXT NOT NULL, label TEXT NOT NULL DEFAULT '{}') STRICT""",
@@ -50,8 +51,14 @@ SCHEMA = (
 )
 
 # What makes the next format of an older one, and what makes an older one that may not be changed read like the next.
-CHANGES = {1: ("ALTER TABLE responses ADD COLUMN rank INTEGER",)}
-VIEWS = {1: ("CREATE TEMP VIEW responses AS SELECT *, NULL AS rank FROM main.responses",)}
+CHANGES = {
+    1: ("ALTER TABLE responses ADD COLUMN rank INTEGER",),
+    2: ("ALTER TABLE settings ADD COLUMN masking TEXT NOT NULL DEFAULT ''",),
+}
+VIEWS = {
+    1: ("CREATE TEMP VIEW responses AS SELECT *, NULL AS rank FROM main.responses",),
+    2: ("CREATE TEMP VIEW settings AS SELECT *, '' AS masking FROM main.settings",),
+}
 
 
 class Database:

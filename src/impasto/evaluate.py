@@ -13,17 +13,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
-from impasto.apply import worn
+from impasto.apply import applied, worn
 from impasto.edit import Edit
 from impasto.errors import ImpastoError
 from impasto.fast import hastened
 from impasto.fetch import cache_root
 from impasto.generation import respond
+from impasto.masked import WAYS, MaskedScorer
+from impasto.masked import respond as fill_in
 from impasto.models import LoadedModel
 from impasto.recipe import Recipe
 from impasto.result import Request, Response, Result, Setting
 from impasto.runtime import KV
-from impasto.scoring import Batch, Scorer, Sharing, Work
+from impasto.scoring import Batch, Scorer, Scoring, Sharing, Work
 from impasto.store import Store
 from impasto.tasks import TaskSet
 
@@ -54,7 +56,7 @@ class Questions:
     setting: Setting
     scored: Sequence[Gap]
     written: Sequence[Gap]
-    scorer: Callable[[], Scorer]
+    scorer: Callable[[], Scoring]
     batch_tokens: int | None
     sharing: Sharing
     keep: Callable[[Sequence[Recipe], Sequence[Request], Batch], None]
@@ -88,7 +90,7 @@ def evaluate(
     kv: KV = "exact",
     batch_tokens: int | None = None,
     sharing: Sharing | None = None,
-    scorer: Callable[[], Scorer] | None = None,
+    scorer: Callable[[], Scoring] | None = None,
     where: Place | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
@@ -145,7 +147,7 @@ def unanswered(
     requests: Iterable[Request],
     store: Store,
     *,
-    scorer: Callable[[], Scorer],
+    scorer: Callable[[], Scoring],
     batch_tokens: int | None = None,
     sharing: Sharing | None = None,
     progress: Progress | None = None,
@@ -204,7 +206,7 @@ def plan(
     *,
     kv: KV = "exact",
     batch_tokens: int | None = None,
-    scorer: Callable[[], Scorer] | None = None,
+    scorer: Callable[[], Scoring] | None = None,
 ) -> Work:
     """What `evaluate` would still have to score; runs nothing. Text generation is not counted in it."""
     scored, _ = kinds(request for task in tasks for request in task.requests)
@@ -217,7 +219,7 @@ def plan(
 def setting_of(loaded: LoadedModel, kv: KV = "exact") -> Setting:
     """What must be equal for numbers of this model to be comparable."""
     own = loaded.setting
-    return Setting(own.model, own.weights, own.dtype, own.device, kv, own.attention)
+    return replace(own, kv=kv)
 
 
 def describe(task: TaskSet) -> dict[str, object]:
@@ -259,21 +261,55 @@ def scorer_of(
     batch_tokens: int | None = None,
     sharing: Sharing | None = None,
     note: Note | None = None,
+) -> Scorer | MaskedScorer:
+    """A scorer that fits this model and can apply edits: of masked tokens, or of next ones.
+
+    Raises:
+        UnsupportedModel: the model predicts no tokens.
+        UsageError: a tokenizer that lacks what this takes.
+    """
+    if not loaded.masked:
+        return next_scorer(loaded, batch_tokens, sharing, note)
+    masking, lengths = WAYS[loaded.setting.masking]
+    return MaskedScorer(
+        loaded.model,
+        loaded.tokenizer,
+        masking=masking,
+        lengths=lengths,
+        budget=batch_tokens,
+        wear=_wearing(loaded),
+        note=note or (lambda text: None),
+    )
+
+
+def next_scorer(
+    loaded: LoadedModel,
+    batch_tokens: int | None = None,
+    sharing: Sharing | None = None,
+    note: Note | None = None,
 ) -> Scorer:
-    """A scorer of this model that can apply edits."""
+    """A scorer of a model that predicts next tokens.
 
-    def wear(layer: int, edits: tuple[Edit, ...]) -> AbstractContextManager[object]:
-        return worn(loaded, [replace(edit, layers=(layer,)) for edit in edits])
-
+    Raises:
+        UnsupportedModel: the model does not.
+    """
+    loaded.require_head()
     return Scorer(
         loaded.model,
         loaded.tokenizer,
         budget=batch_tokens,
         sharing=sharing or Sharing(),
-        wear=wear,
+        wear=_wearing(loaded),
         folder=cache_root() / "svd",
         note=note or (lambda text: None),
     )
+
+
+def _wearing(loaded: LoadedModel) -> Callable[[int, tuple[Edit, ...]], AbstractContextManager[object]]:
+    def wear(layer: int, edits: tuple[Edit, ...]) -> AbstractContextManager[object]:
+        return worn(loaded, [replace(edit, layers=(layer,)) for edit in edits])
+
+    return wear
 
 
 def write(
@@ -282,10 +318,18 @@ def write(
     requests: Sequence[Request],
     *,
     kv: KV,
-    encode: Callable[[str], list[int]],
+    scorer: Scoring,
     on_response: Callable[[int, Response], None],
 ) -> None:
-    """One recipe's answers in text, each handed on with the place of its request as soon as it is there."""
+    """One recipe's answers in text, each handed on with the place of its request as soon as it is there.
+
+    A masked model writes into masks behind each context, see `impasto.masked.respond`.
+    """
+    if loaded.masked:
+        with applied(loaded, recipe.schedule, recipe.edits):
+            fill_in(loaded.model, loaded.tokenizer, requests, budget=scorer.budget, on_response=on_response)
+        return
+    encode = scorer.encoder.encode if isinstance(scorer, Scorer) else None
     with worn(loaded, recipe.edits):
         respond(
             loaded.model,
@@ -334,7 +378,7 @@ def _write(loaded: LoadedModel, questions: Questions) -> None:
                 recipe,
                 what,
                 kv=cast(KV, questions.setting.kv),
-                encode=questions.scorer().encoder.encode,
+                scorer=questions.scorer(),
                 on_response=keep,
             )
 

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,6 +101,58 @@ def halves(model: nn.Module, anatomy: Anatomy, layer: int) -> Halves:
     return known
 
 
+def members(model: nn.Module, anatomy: Anatomy, layer: int) -> dict[str, str]:
+    """Which half each child of a block that holds weight matrices works for, "attn" or "mlp", by the child's name.
+
+    The child that is muted is the last of its half; some blocks keep what comes before it in children of their own. A
+    child belongs to a half if it makes no difference without it and does with it; those of neither half are left out.
+
+    Raises:
+        UnsupportedModel: the block cannot be split.
+    """
+    block, found = anatomy.layers[layer], halves(model, anatomy, layer)
+    owners = {found.attention.name: "attn", found.mlp.name: "mlp"}
+    with quietly(model):
+        hidden, context = _heard(model, block)
+        args, kwargs = context.join(hidden)
+        for name, child in block.named_children():
+            if name in owners or not any(p.dim() >= 2 for p in child.parameters()):
+                continue
+            matters = []
+            for half in ("attn", "mlp"):
+                with found.only(block, half), _spoilt(child):
+                    if bool(hidden_of(real_call(block, args, kwargs)).isnan().any()):
+                        matters.append(half)
+            if len(matters) == 1:
+                owners[name] = matters[0]
+    return owners
+
+
+def _spoilt(child: nn.Module) -> AbstractContextManager[None]:
+    """A child that returns nothing but NaN in its first tensor, for the length of a `with` block."""
+
+    def spoil(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = real_call(child, args, kwargs)
+        spoilt = torch.full_like(hidden_of(output), torch.nan)
+        return (spoilt, *output[1:]) if isinstance(output, tuple | list) else spoilt
+
+    return tapped([child], spoil)
+
+
+def _heard(model: nn.Module, block: nn.Module) -> tuple[Tensor, Context]:
+    """How a model calls one of its blocks on a few tokens."""
+    captured: list[tuple[Tensor, Context]] = []
+
+    def capture(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        captured.append(Context.split(args, kwargs))
+        return real_call(block, args, kwargs)
+
+    with tapped([block], capture):
+        options = {"use_cache": False} if getattr(model.config, "use_cache", None) else {}
+        model(**probe_inputs(model), **options)
+    return captured[0]
+
+
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
 
@@ -113,17 +166,8 @@ def _muted(block: nn.Module, mutes: tuple[Mute, ...]) -> Iterator[None]:
 
 def _split(model: nn.Module, block: nn.Module, layer: int) -> Halves:
     where = f"layer {layer} ({type(block).__name__})"
-    captured: list[tuple[Tensor, Context]] = []
-
-    def capture(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        captured.append(Context.split(args, kwargs))
-        return real_call(block, args, kwargs)
-
     with quietly(model):
-        with tapped([block], capture):
-            options = {"use_cache": False} if getattr(model.config, "use_cache", None) else {}
-            model(**probe_inputs(model), **options)
-        hidden, context = captured[0]
+        hidden, context = _heard(model, block)
 
         def run(h: Tensor, mutes: tuple[Mute, ...] = ()) -> Tensor:
             args, kwargs = context.join(h)

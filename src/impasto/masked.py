@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,10 @@ from torch import Tensor, nn
 from impasto import memory
 from impasto.anatomy import anatomy, input_device, quietly
 from impasto.edit import Edit
+from impasto.encoding import Piece
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
+from impasto.forest import Node as Row
+from impasto.forest import grow
 from impasto.halves import halves
 from impasto.head import Head
 from impasto.levels import record, send
@@ -41,6 +45,11 @@ from impasto.trie import Bundle, Dressed, Node, Symbol, count, naive_calls, plan
 Masking = Literal["together", "each"]
 Lengths = Literal["tokens", "authors"]
 Wear = Callable[[int, tuple[Edit, ...]], AbstractContextManager[object]]
+
+WAYS: Mapping[str, tuple[Masking, Lengths]] = MappingProxyType(
+    {"together": ("together", "tokens"), "each": ("each", "tokens"), "authors": ("together", "authors")}
+)
+"""What `Setting.masking` stands for: how tokens are masked, and how many of them are said to be scored."""
 
 BUDGET = {"cpu": 2048, "cuda": 32768}  # padded tokens of one batch, before memory says otherwise
 MASKS = 5  # how many tokens the paper's encoders write
@@ -139,7 +148,8 @@ class MaskedScorer:
         model: a masked language model with one stack of layers.
         tokenizer: its tokenizer.
         masking: "together" masks all tokens of a continuation at once, "each" one at a time.
-        after: text behind every continuation, such as the full stop that the paper's facts end with.
+        after: text behind a continuation, such as the full stop that the paper's facts end with, where the request
+            itself names none.
         lengths: "tokens" reports how many tokens were scored. "authors" reports one more, as the paper's code
             does for encoders: its losses per token come out too small by n / (n + 1). For comparison only.
         specials: see `Masker`.
@@ -177,14 +187,26 @@ class MaskedScorer:
         if model.get_output_embeddings() is None:
             raise UnsupportedModel(f"{type(model).__name__} does not predict tokens, so texts cannot be scored with it")
         self.device = input_device(model)
-        self.budget = budget or BUDGET.get(self.device.type, BUDGET["cuda"])
+        self.budget: int | None = budget or BUDGET.get(self.device.type, BUDGET["cuda"])
         self.wear, self.note = wear, note
         self.head = Head(model, self.body)
 
+    def pieces(self, requests: Sequence[Request]) -> list[Piece]:
+        """The sequences to run for requests, in their order, each with what belongs under its masks."""
+        return [
+            Piece(index, row, tuple(one.targets[k] for k in targets), one.truncated)
+            for index, one in enumerate(self.sheet(requests).asked)
+            for row, targets in one.rows(self.masking, self.masker.mask)
+        ]
+
+    def trees(self, pieces: Sequence[Piece]) -> list[Row]:
+        """Equal sequences as one; beginnings are not shared, since each token sees what stands behind it."""
+        return grow([piece.tokens for piece in pieces], share=False)
+
     def plan(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> Work:
         """What scoring these would take; runs nothing."""
-        sheet = self._sheet(recipes, requests)
-        packed = sheet.batches(self.budget)
+        sheet = self.sheet(requests, len(recipes))
+        queue = sheet.batches(self.budget or 1)
         tree = plant(recipes)
         return Work(
             recipes=len(recipes),
@@ -192,9 +214,9 @@ class MaskedScorer:
             layer_calls=naive_calls(recipes),
             shared_calls=_calls(tree),
             tokens=sum(len(row) for one in sheet.asked for row, _ in one.rows(self.masking, self.masker.mask)),
-            shared_tokens=sum(map(_padded, packed)),
+            shared_tokens=sum(map(padded, queue)),
             positions=sum(len(one.targets) for one in sheet.asked),
-            batches=len(packed),
+            batches=len(queue),
             alive=count(tree).alive,
         )
 
@@ -222,10 +244,10 @@ class MaskedScorer:
             recipe.schedule.check(self.body.depth)
             if recipe.edits and self.wear is None:
                 raise UsageError("these recipes have edits, and this scorer was made without a way to apply them")
-        sheet = self._sheet(recipes, requests)
+        sheet = self.sheet(requests, len(recipes))
         tree = plant(recipes)
-        queue = sheet.batches(self.budget)
-        total, done = sum(map(_padded, queue)) or 1, 0
+        queue = sheet.batches(self.budget or 1)
+        total, done = sum(map(padded, queue)) or 1, 0
 
         def smaller(queue: list[list[tuple[int, ...]]]) -> list[list[tuple[int, ...]]]:
             nonlocal total
@@ -235,28 +257,44 @@ class MaskedScorer:
                     f"one sequence of {len(rows[0])} tokens does not fit into the memory of {self.device}: "
                     "use a smaller dtype, or a device with more memory"
                 )
-            self.budget = _padded(rows) // 2
-            self.note(f"out of memory: token budget halved to {self.budget}")
-            cut = [part for batch in queue for part in _packed(batch, self.budget)]
-            total = done + sum(map(_padded, cut))
+            self.budget = budget = padded(rows) // 2
+            self.note(f"out of memory: token budget halved to {budget}")
+            cut = [part for batch in queue for part in packed(batch, budget)]
+            total = done + sum(map(padded, cut))
             return cut
 
         for rows, finished in memory.batch_by_batch(queue, lambda rows: self._answer(tree, rows, sheet), smaller):
-            done += _padded(rows)
+            done += padded(rows)
             if on_batch is not None and len(finished):
                 on_batch(sheet.batch(finished))
             if progress is not None:
                 progress(done / total)
         return sheet.scores()
 
-    def _sheet(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> _Sheet:
+    def through(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """The hidden states of a batch behind the last layer, the layers run once each and in their own order."""
+        hidden, contexts = record(self.model, self.body, _inputs(rows, self.body.arguments, self.device))
+        for block, context in zip(self.body.layers, contexts, strict=True):
+            args, kwargs = context.join(hidden)
+            hidden = hidden_of(real_call(block, args, kwargs))
+        return hidden
+
+    def sheet(self, requests: Sequence[Request], recipes: int = 0) -> Sheet:
+        """The distinct sequences of requests and what is read off where, with room for the answers of some recipes.
+
+        Raises:
+            UsageError: a request of another kind.
+        """
         if other := next((request.kind for request in requests if request.kind != "loglikelihood"), None):
             raise UsageError(f"a masked model scores continuations; a request of kind {other!r} is none")
-        asked = [self.masker.encode(request.context, request.continuation, self.after) for request in requests]
+        asked = [
+            self.masker.encode(request.context, request.continuation, request.after or self.after)
+            for request in requests
+        ]
         ranked = [request.wants_rank for request in requests]
-        return _Sheet(asked, ranked, self.masking, self.masker.mask, len(recipes), self.lengths)
+        return Sheet(asked, ranked, self.masking, self.masker.mask, recipes, self.lengths)
 
-    def _answer(self, tree: Node, rows: Sequence[tuple[int, ...]], sheet: _Sheet) -> NDArray[np.int64]:
+    def _answer(self, tree: Node, rows: Sequence[tuple[int, ...]], sheet: Sheet) -> NDArray[np.int64]:
         """Run one batch under all recipes; returns which requests are complete with it."""
         spots = sheet.spots(rows)
         row, column, token = (send(torch.tensor(list(part)), self.device) for part in zip(*spots, strict=True))
@@ -332,7 +370,7 @@ class _Found:
         )
 
 
-class _Sheet:
+class Sheet:
     """The distinct rows of all requests, and what has been answered so far."""
 
     def __init__(
@@ -358,7 +396,8 @@ class _Sheet:
         self.truncated = np.array([masked.truncated for masked in asked], dtype=bool)
 
     def batches(self, budget: int) -> list[list[tuple[int, ...]]]:
-        return _packed(sorted(self.wanted, key=lambda row: (-len(row), row)), budget)
+        """All sequences, longest first, in batches."""
+        return packed(sorted(self.wanted, key=lambda row: (-len(row), row)), budget)
 
     def spots(self, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, int, int]]:
         """(row of the batch, position, token) of everything that is read off these rows, in the order of `fill`."""
@@ -369,6 +408,7 @@ class _Sheet:
         ]
 
     def fill(self, rows: Sequence[tuple[int, ...]], found: Mapping[int, _Found]) -> NDArray[np.int64]:
+        """Take what recipes say at the spots of these rows; returns which requests are complete with them."""
         owners, targets = np.array([spot for row in rows for spot in self.wanted[row]], dtype=np.int64).T
         first = (targets == 0) & self.ranked[owners]
         for recipe, answers in found.items():
@@ -382,6 +422,7 @@ class _Sheet:
         return finished
 
     def batch(self, chosen: NDArray[np.int64]) -> Batch:
+        """The answers to some requests."""
         return Batch(
             requests=chosen,
             loglikelihood=self.values[:, chosen],
@@ -392,6 +433,7 @@ class _Sheet:
         )
 
     def scores(self) -> Scores:
+        """The answers to all requests."""
         return Scores(self.values, self.greedy, self.tokens, self.truncated, self.rank)
 
 
@@ -430,23 +472,40 @@ def respond(
         raise UsageError("only requests that generate text are answered with text")
     masker = Masker(model, tokenizer, specials=specials, window=window)
     asked = [masker.blanks(request.context, masks) for request in requests]
-    sheet = _Sheet(asked, [False] * len(asked), "together", masker.mask, 1, "tokens")
+    answers: list[Response] = [Response()] * len(requests)
+    for index, tokens in likeliest(model, masker, asked, budget=budget):
+        text = None if tokens is None else tokenizer.decode(list(tokens), skip_special_tokens=True)
+        answers[index] = Response(text=text, tokens=masks, truncated=asked[index].truncated)
+        if on_response is not None:
+            on_response(index, answers[index])
+    return answers
+
+
+def likeliest(
+    model: Any, masker: Masker, asked: Sequence[Masked], *, budget: int | None = None
+) -> Iterator[tuple[int, tuple[int, ...] | None]]:
+    """The likeliest token at each mask, all targets masked at once; None where a logit is not finite.
+
+    Args:
+        model: a masked language model, run as it is.
+        masker: of its tokenizer.
+        asked: what stands around the masks; equal sequences are run once.
+        budget: padded tokens per batch; None: by device.
+
+    Yields:
+        The number of each entry of `asked` with its tokens, batch by batch.
+    """
+    sheet = Sheet(asked, [False] * len(asked), "together", masker.mask, 1, "tokens")
     device = input_device(model)
     arguments = anatomy(model).arguments
-    answers: list[Response] = [Response()] * len(requests)
     for rows in sheet.batches(budget or BUDGET.get(device.type, BUDGET["cuda"])):
         with quietly(model):
             logits = model(**_inputs(rows, arguments, device)).logits
         for number, row in enumerate(rows):
-            for index in {index for index, _ in sheet.wanted[row]}:
+            for index in dict.fromkeys(index for index, _ in sheet.wanted[row]):
                 start = len(asked[index].left)
-                best = logits[number, start : start + masks].max(-1)
-                finite = bool(best.values.isfinite().all())
-                text = tokenizer.decode(best.indices.tolist(), skip_special_tokens=True) if finite else None
-                answers[index] = Response(text=text, tokens=masks, truncated=asked[index].truncated)
-                if on_response is not None:
-                    on_response(index, answers[index])
-    return answers
+                best = logits[number, start : start + len(asked[index].targets)].max(-1)
+                yield index, tuple(best.indices.tolist()) if bool(best.values.isfinite().all()) else None
 
 
 def _inputs(rows: Sequence[tuple[int, ...]], arguments: frozenset[str], device: torch.device) -> dict[str, Any]:
@@ -463,18 +522,19 @@ def _inputs(rows: Sequence[tuple[int, ...]], arguments: frozenset[str], device: 
     return inputs
 
 
-def _packed(rows: Sequence[tuple[int, ...]], budget: int) -> list[list[tuple[int, ...]]]:
+def packed(rows: Sequence[tuple[int, ...]], budget: int) -> list[list[tuple[int, ...]]]:
     """Rows, longest first, in batches of at most `budget` padded tokens; at least one row each."""
-    packed: list[list[tuple[int, ...]]] = []
+    found: list[list[tuple[int, ...]]] = []
     for row in rows:
-        if packed and len(packed[-1][0]) * (len(packed[-1]) + 1) <= budget:
-            packed[-1].append(row)
+        if found and len(found[-1][0]) * (len(found[-1]) + 1) <= budget:
+            found[-1].append(row)
         else:
-            packed.append([row])
-    return packed
+            found.append([row])
+    return found
 
 
-def _padded(rows: Sequence[tuple[int, ...]]) -> int:
+def padded(rows: Sequence[tuple[int, ...]]) -> int:
+    """Tokens of a batch, padding included."""
     return len(rows) * max(map(len, rows))
 
 

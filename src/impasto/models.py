@@ -20,7 +20,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +33,7 @@ from impasto.result import Setting
 
 EXACT = 2 << 30  # bytes of float32 up to which a de-quantised model is stored without rounding
 PLAIN = "A Quick Fox, 12 words."  # what any tokenizer should give back
+MASKINGS = ("together", "each", "authors")  # ways to score with a masked model; `impasto.masked.WAYS` says what each is
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +49,7 @@ class LoadedModel:
         name: as the user named it.
         model: the transformers model, in evaluation mode, on its device.
         tokenizer: its tokenizer, or None if it has none (a vision model).
-        setting: weights, dtype, device and attention: equal settings give comparable numbers.
+        setting: weights, dtype, device, attention, and how masks are used: equal settings give comparable numbers.
         layers: depth T of the text (or only) stack.
         source: where the weights came from, in words.
     """
@@ -76,6 +77,42 @@ class LoadedModel:
         from impasto.anatomy import input_device
 
         return input_device(self.model)
+
+    @property
+    def masked(self) -> bool:
+        """Whether it predicts masked tokens from both sides, and not next tokens from what stands before them."""
+        return bool(self.setting.masking)
+
+    def scored(self, masking: str) -> LoadedModel:
+        """The same masked language model, its texts to be scored in another way.
+
+        Args:
+            masking: a name in `MASKINGS`. "together" masks all tokens of an answer at once, as in the LASER paper,
+                "each" one at a time; "authors" is "together" with the lengths of the LASER authors' code, one token
+                too many, for comparison only.
+
+        Raises:
+            UsageError: no such way, or the model is no masked language model.
+        """
+        if masking not in MASKINGS:
+            raise UsageError(f"no way to mask {masking!r}: one of {', '.join(MASKINGS)}")
+        if not self.masked:
+            raise UsageError(
+                f"{self.name} is no masked language model, so there is nothing to mask: leave --masking out"
+            )
+        return replace(self, setting=replace(self.setting, masking=masking))
+
+    def require_head(self) -> None:
+        """Make sure that the model can say how likely a text is.
+
+        Raises:
+            UnsupportedModel: it predicts no tokens at all.
+        """
+        if self.model.get_output_embeddings() is None:
+            raise UnsupportedModel(
+                f"{self.name} was loaded as {type(self.model).__name__}, which has no head that predicts tokens, so "
+                "texts cannot be scored with it: take a checkpoint that was saved with its language modelling head"
+            )
 
 
 def load(
@@ -180,6 +217,7 @@ def _loaded(name: str, model: Any, tokenizer: Any, weights: str, source: str) ->
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=input_device(model).type,
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
+        masking=MASKINGS[0] if predicts_masked(model) else "",
     )
     text = model.config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
@@ -214,10 +252,31 @@ def _find(name: str, progress: fetch.Progress | None, notice: fetch.Notice | Non
     return name
 
 
+def predicts_masked(model: Any) -> bool:
+    """Whether a model predicts masked tokens from both sides.
+
+    It does if transformers, or the configuration of a model with its own code, lists its class as a masked language
+    model, and if it is not used as a decoder.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    config = model.config
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return False
+    remote = getattr(config, "auto_map", None) or {}
+    own = str(remote.get("AutoModelForMaskedLM", "")).rpartition(".")[2]
+    known = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return bool({cls.__name__ for cls in type(model).__mro__} & (known | {own}))
+
+
 def _auto_class(config: Any, trust_remote_code: bool) -> Any:
     """The auto class that builds the architecture which the checkpoint was saved from.
 
-    A language model if the configuration names no architecture, the bare model if it is none of those known here.
+    A language model if the configuration names no architecture (a masked one before a causal one unless it is meant as
+    a decoder: where there are both, the checkpoints are encoders), the bare model if it is none of those known here.
     """
     import transformers
 
@@ -233,6 +292,8 @@ def _auto_class(config: Any, trust_remote_code: bool) -> Any:
             if kind.__name__ in remote:
                 return kind
     saved = set(getattr(config, "architectures", None) or ())
+    if not saved and not (getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)):
+        kinds[:2] = kinds[1::-1]
     for kind in kinds:
         built = kind._model_mapping.get(type(config), None)
         classes = built if isinstance(built, tuple) else (built,)

@@ -12,7 +12,7 @@ from impasto.anatomy import quietly
 from impasto.forest import grow, lay_out
 from impasto.head import SLICE
 from impasto.levels import call_layer, prepare
-from impasto.scoring import HEAD_ROWS, Scorer, Work
+from impasto.scoring import HEAD_ROWS, Scoring, Work
 
 WIDTH = 64
 ROUNDS = 3
@@ -48,7 +48,7 @@ class Pace:
         return self.state * batch_tokens * (work.alive + 8) + self.slice
 
 
-def pace(scorer: Scorer) -> Pace:
+def pace(scorer: Scoring) -> Pace:
     """Run one middle layer and the head a few times on random tokens and take the fastest."""
     generator = torch.Generator().manual_seed(0)
     rows = max(4, min(256, (scorer.budget or 0) // (4 * WIDTH)))  # a batch of a size that the device will see
@@ -71,7 +71,7 @@ def pace(scorer: Scorer) -> Pace:
     )
 
 
-def _fastest(scorer: Scorer, work: Callable[[], object]) -> float:
+def _fastest(scorer: Scoring, work: Callable[[], object]) -> float:
     best = float("inf")
     for _ in range(ROUNDS):
         _wait(scorer.device)

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from impasto.encoding import Encoder, Piece, quiet_harness
-from impasto.errors import UsageError
-from impasto.evaluate import evaluate, scorer_of
+from impasto.errors import UnsupportedModel, UsageError
+from impasto.evaluate import evaluate, next_scorer
 from impasto.models import LoadedModel
 from impasto.recipe import Recipe
 from impasto.result import Request, Response, Result, digest
@@ -145,7 +145,10 @@ def text_task(
 
     Raises:
         UsageError: there is nothing to score, or the stride does not fit the window.
+        UnsupportedModel: the model predicts masked tokens and not next ones.
     """
+    if loaded.masked:
+        raise UnsupportedModel(f"{loaded.name} predicts masked tokens, and perplexity is that of next tokens")
     encoder = Encoder(loaded.model, loaded.tokenizer)
     size = min(window or encoder.window, encoder.window)
     stride = min(STRIDE, max(1, size // 2)) if stride is None else stride
@@ -183,7 +186,7 @@ def sliding_scorer(
     loaded: LoadedModel, batch_tokens: int | None = None, note: Callable[[str], None] | None = None
 ) -> Scorer:
     """A scorer that reads windows of text as well as all other requests."""
-    scorer = scorer_of(loaded, batch_tokens, note=note)
+    scorer = next_scorer(loaded, batch_tokens, note=note)
     scorer.encoder = _WindowEncoder(loaded.model, loaded.tokenizer)
     return scorer
 

@@ -26,7 +26,7 @@ from impasto.models import LoadedModel
 from impasto.recipe import Recipe
 from impasto.result import Request, Response, Setting
 from impasto.runtime import KV
-from impasto.scoring import Scorer
+from impasto.scoring import Scoring
 from impasto.standings import Dropped, Effort, Race, Round, Survivor
 from impasto.store import Store
 from impasto.tasks import TaskSet
@@ -240,7 +240,7 @@ class _Asker:
 
     loaded: LoadedModel
     setting: Setting
-    scorer: Scorer
+    scorer: Scoring
     store: Store
     progress: Progress | None
 

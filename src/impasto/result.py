@@ -32,7 +32,8 @@ class Request:
     `kind` is "loglikelihood" (of `continuation` after `context`), "rolling" (of the whole text in
     `continuation`) or "generate" (greedy text after `context`; `options` is the JSON text of the harness's
     generation options, such as `{"max_gen_toks": 64, "until": ["\n"]}`). `RANK` as the options of a log-likelihood
-    asks for the rank of the continuation's first token too.
+    asks for the rank of the continuation's first token too; `after` in them is a text behind the continuation, which
+    models that see both sides are shown.
     """
 
     kind: Kind
@@ -48,7 +49,18 @@ class Request:
     @property
     def wants_rank(self) -> bool:
         """Whether the rank of the continuation's first token is asked for."""
-        return self.kind == "loglikelihood" and self.options == RANK
+        return bool(self._said.get("rank"))
+
+    @property
+    def after(self) -> str:
+        """What stands behind the continuation; models that read from left to right have no use for it."""
+        return str(self._said.get("after", ""))
+
+    @cached_property
+    def _said(self) -> Mapping[str, Any]:
+        """The options of a log-likelihood."""
+        found: Mapping[str, Any] = json.loads(self.options) if self.kind == "loglikelihood" and self.options else {}
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +91,13 @@ class Setting:
     device: str  # "cpu" or "cuda"
     kv: str = "exact"
     attention: str = "sdpa"
+    masking: str = ""  # how masked tokens are scored, a name in `impasto.models.MASKINGS`; "" predicts next tokens
 
     @cached_property
     def fingerprint(self) -> str:
         """Stable name of the setting; the model's display name is not part of it."""
-        return digest("setting", self.weights, self.dtype, self.device, self.kv, self.attention)
+        masking = (self.masking,) if self.masking else ()  # so that older names stay what they were
+        return digest("setting", self.weights, self.dtype, self.device, self.kv, self.attention, *masking)
 
 
 @dataclass(frozen=True)

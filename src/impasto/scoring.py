@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from impasto import memory
-from impasto.anatomy import anatomy, input_device, quietly, split
+from impasto.anatomy import Anatomy, anatomy, input_device, quietly, split
 from impasto.edit import Edit
 from impasto.encoding import Encoder, Piece
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
@@ -112,6 +112,53 @@ class Sharing:
     launches: bool = True  # the kernels of a layer call that is made often, recorded and launched as a whole; on GPUs
 
 
+class Scoring(Protocol):
+    """What answers requests for log-likelihoods: `Scorer`, or `impasto.masked.MaskedScorer`."""
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+
+    @property
+    def body(self) -> Anatomy:
+        """Where its layers are."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+
+    @property
+    def head(self) -> Head:
+        """The part behind the last layer."""
+
+    @property
+    def budget(self) -> int | None:
+        """Padded tokens of one batch."""
+
+    @property
+    def note(self) -> Callable[[str], None]:
+        """Told in a sentence what the user should know."""
+
+    def pieces(self, requests: Sequence[Request]) -> list[Piece]:
+        """The sequences to run."""
+
+    def trees(self, pieces: Sequence[Piece]) -> list[Node]:
+        """What of them is run once."""
+
+    def plan(self, recipes: Sequence[Recipe], requests: Sequence[Request]) -> Work:
+        """What scoring would take; runs nothing."""
+
+    def score(
+        self,
+        recipes: Sequence[Recipe],
+        requests: Sequence[Request],
+        *,
+        on_batch: Callable[[Batch], None] | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Scores:
+        """Answer every request under every recipe."""
+
+
 @dataclass
 class Scorer:
     """Scores recipes on one loaded model.
@@ -163,6 +210,10 @@ class Scorer:
         if not self.sharing.launches or self.device.type != "cuda" or spread:
             return None
         return Cuda(self.device, parallel=False, warmup=0, collect=False)
+
+    def pieces(self, requests: Sequence[Request]) -> list[Piece]:
+        """The sequences to run for requests, in their order."""
+        return self.encoder.pieces(requests)
 
     def trees(self, pieces: Sequence[Piece]) -> list[Node]:
         """The common beginnings of the pieces."""

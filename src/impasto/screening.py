@@ -10,7 +10,8 @@ and G = dL/dW. Truncation to rank k takes away the components behind the k-th, s
     - sum_{i>k} s_i u_i^T G v_i,
 
 where s_i u_i^T G v_i is what L would lose or gain with the i-th component. One vector of such slopes for a matrix
-serves all of its ranks, and one pass over the requests serves all matrices.
+serves all of its ranks, and one pass over the requests serves all matrices. Of a masked model L is the loss at the
+masks, masked as `impasto.masked` masks them.
 
 This orders candidates, it does not measure them: cutting most of a matrix away is no small change. The second order
 can be added from the squared slopes (`curvature`): with F = E(g g^T) over requests, the empirical Fisher matrix, in
@@ -21,9 +22,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,18 +37,19 @@ from impasto import memory
 from impasto.anatomy import Anatomy, anatomy, quietly
 from impasto.calibration import Calibration
 from impasto.edit import Edit, Rule
-from impasto.encoding import Piece
 from impasto.errors import ImpastoError, OutOfMemory, UsageError
+from impasto.evaluate import scorer_of
 from impasto.fetch import cache_root
-from impasto.forest import Forest, Node, lay_out
+from impasto.forest import Node, lay_out
 from impasto.head import Head
 from impasto.levels import call_layer, prepare
+from impasto.masked import MaskedScorer, packed, padded
 from impasto.matrices import Site, check, holders, matched, parts, place
 from impasto.models import LoadedModel
 from impasto.reduction import Solver, reduced
 from impasto.reduction import check as check_rule
 from impasto.result import Request
-from impasto.scoring import Scorer
+from impasto.scoring import Scorer, Scoring
 from impasto.svd import Factors, decompose, decompose_weighed, noise_rank, quartile_rank
 
 BUDGET = {"cpu": 1024, "cuda": 16384}  # padded tokens of one batch, whose activations are all kept
@@ -94,7 +98,7 @@ def screen(
     The model is left exactly as it was: which weights ask for gradients, the gradients they hold, modes, numbers.
 
     Args:
-        loaded: a causal language model.
+        loaded: a causal or a masked language model.
         requests: right answers, each with its prompt.
         edits: values or texts, of any rule. One that names several matrices changes them together.
         curvature: also estimate the second order. Then the requests are cut into at least 16 batches where they
@@ -111,7 +115,7 @@ def screen(
     Raises:
         NotationError: an edit cannot be read, or names a layer that does not exist.
         UsageError: no requests, some that are answered with text, an edit that matches no matrix, or no calibration.
-        UnsupportedModel: a matrix is packed or not in memory, or the model does not predict next tokens.
+        UnsupportedModel: a matrix is packed or not in memory, or the model predicts no tokens.
         OutOfMemory: a single sequence does not fit.
         ImpastoError: a gradient is not finite.
     """
@@ -129,9 +133,13 @@ def screen(
     total: list[Tensor] | None = None
     sums, squares, pairs = np.zeros(len(values)), np.zeros(len(values)), 0.0
     with quietly(model), torch.inference_mode(False), torch.enable_grad(), _followed(model, grid.parameters):
-        scorer = Scorer(model, loaded.tokenizer, note=note or (lambda text: None))
-        scorer.budget = batch_tokens or BUDGET.get(scorer.device.type, BUDGET["cuda"])
-        sweep = _Sweep(scorer, scorer.encoder.pieces(asked), grid.parameters)
+        scorer = scorer_of(loaded, note=note)
+        budget = batch_tokens or BUDGET.get(scorer.device.type, BUDGET["cuda"])
+        sweep: _Sweep = (
+            _MaskedSweep(scorer, asked, grid.parameters, budget)
+            if isinstance(scorer, MaskedScorer)
+            else _NextSweep(scorer, asked, grid.parameters, budget)
+        )
         for gradients, count in sweep.batches(BATCHES if curvature else 1, progress or (lambda share: None)):
             if curvature:
                 found = grid.changes(gradients)
@@ -272,19 +280,36 @@ def _rank(rule: Rule, weight: Tensor, factors: Factors) -> int:
     return noise_rank(weight, factors.values) if rule.kind == "mp" else quartile_rank(rows, columns, factors.values)
 
 
-def _tokens(batch: Sequence[Node]) -> int:
-    return sum(tree.size for tree in batch)
+class _Sweep(ABC):
+    """One pass over the requests, batch by batch.
 
+    Args:
+        scorer: of the model.
+        requests: right answers.
+        parameters: what gradients are wanted of.
+        budget: padded tokens of one batch.
+    """
 
-class _Sweep:
-    """One pass over the requests, batch by batch."""
+    def __init__(
+        self, scorer: Scoring, requests: Sequence[Request], parameters: Sequence[nn.Parameter], budget: int
+    ) -> None:
+        self.scorer, self.parameters, self.budget = scorer, parameters, budget
 
-    def __init__(self, scorer: Scorer, pieces: Sequence[Piece], parameters: Sequence[nn.Parameter]) -> None:
-        self.scorer, self.pieces, self.parameters = scorer, pieces, parameters
-        words: dict[int, int] = {}
-        for piece in pieces:
-            words[piece.request] = words.get(piece.request, 0) + len(piece.targets)
-        self.shares = [1 / max(1, words[piece.request]) for piece in pieces]  # of one token in its request
+    @abstractmethod
+    def pack(self, items: Sequence[Any] | None, budget: int) -> list[Any]:
+        """These sequences, or all there are, in batches."""
+
+    @abstractmethod
+    def padded(self, batch: Any) -> int:
+        """Tokens of a batch, padding included."""
+
+    @abstractmethod
+    def tokens(self, batch: Any) -> int:
+        """Tokens of a batch."""
+
+    @abstractmethod
+    def run(self, batch: Any) -> _Scored:
+        """The states behind the last layer at the scored positions of a batch."""
 
     def batches(self, least: int, progress: Callable[[float], None]) -> Iterator[tuple[list[Tensor], float]]:
         """Gradients of the summed loss of each batch, and of how many requests it is.
@@ -293,79 +318,133 @@ class _Sweep:
             least: into how many batches the requests are cut, where that can be.
             progress: told the share that is done.
         """
-        scorer = self.scorer
-        trees = scorer.trees(self.pieces)
-        budget = scorer.budget or 1
+        budget = self.budget
+        queue = self.pack(None, budget)
+        whole, done = sum(map(self.tokens, queue)), 0
         if least > 1:
-            budget = max(1, min(budget, sum(tree.size for tree in trees) // least))
-        queue = scorer.pack(trees, budget)
-        whole, done = sum(map(_tokens, queue)), 0
+            budget = max(1, min(budget, whole // least))
+            queue = self.pack(None, budget)
 
-        def smaller(queue: list[list[Node]]) -> list[list[Node]]:
+        def smaller(queue: list[Any]) -> list[Any]:
             nonlocal budget, whole
-            padded = lay_out(queue[0]).padded
+            padded = self.padded(queue[0])
             budget = min(budget, padded) // 2
-            cut = scorer.pack([tree for batch in queue for tree in batch], max(1, budget))
-            if lay_out(cut[0]).padded >= padded:
+            cut = self.pack([one for batch in queue for one in batch], max(1, budget))
+            if self.padded(cut[0]) >= padded:
                 raise OutOfMemory(
-                    f"a backward pass over one sequence does not fit into the memory of {scorer.device}: "
+                    f"a backward pass over one sequence does not fit into the memory of {self.scorer.device}: "
                     "name fewer matrices, or use a smaller dtype or a device with more memory"
                 )
-            scorer.note(f"out of memory: token budget of the backward pass halved to {budget}")
-            whole = done + sum(map(_tokens, cut))
+            self.scorer.note(f"out of memory: token budget of the backward pass halved to {budget}")
+            whole = done + sum(map(self.tokens, cut))
             return cut
 
         for batch, found in memory.batch_by_batch(queue, self._gradients, smaller):
             yield found
-            done += _tokens(batch)
+            done += self.tokens(batch)
             progress(done / whole)
 
-    def _gradients(self, batch: Sequence[Node]) -> tuple[list[Tensor], float]:
-        scorer = self.scorer
-        forest = lay_out(batch)
+    def _gradients(self, batch: Any) -> tuple[list[Tensor], float]:
+        found = self.run(batch)
+        last, count = found.states, float(found.shares.sum())
+        if not last.requires_grad:  # no token came by any of the matrices
+            return [torch.zeros_like(p, dtype=_wide(p)) for p in self.parameters], count
+        tokens, shares = (one.to(last.device) for one in (found.tokens, found.shares))
+        above = _behind(self.scorer.head, last.detach(), tokens, shares)
+        slopes = torch.autograd.grad(last, self.parameters, above, allow_unused=True, materialize_grads=True)
+        return [slope.to(_wide(slope)) for slope in slopes], count
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """Scored positions: the states there, the tokens they must predict, their weights in the loss."""
+
+    states: Tensor
+    tokens: Tensor
+    shares: Tensor
+
+
+class _NextSweep(_Sweep):
+    """Of a model that predicts next tokens: beginnings that requests have in common are run once."""
+
+    scorer: Scorer
+
+    def __init__(
+        self, scorer: Scorer, requests: Sequence[Request], parameters: Sequence[nn.Parameter], budget: int
+    ) -> None:
+        super().__init__(scorer, requests, parameters, budget)
+        self.pieces = scorer.pieces(requests)
+        self.trees = scorer.trees(self.pieces)
+        words: dict[int, int] = {}
+        for piece in self.pieces:
+            words[piece.request] = words.get(piece.request, 0) + len(piece.targets)
+        self.shares = [1 / max(1, words[piece.request]) for piece in self.pieces]  # of one token in its request
+
+    def pack(self, items: Sequence[Node] | None, budget: int) -> list[list[Node]]:
+        return self.scorer.pack(self.trees if items is None else items, budget)
+
+    def padded(self, batch: Sequence[Node]) -> int:
+        return lay_out(batch).padded
+
+    def tokens(self, batch: Sequence[Node]) -> int:
+        return sum(tree.size for tree in batch)
+
+    def run(self, batch: Sequence[Node]) -> _Scored:
+        scorer, forest = self.scorer, lay_out(batch)
         levels = prepare(scorer.model, scorer.body, forest, scorer.device)
         states = [level.hidden for level in levels]
         for layer in range(scorer.body.depth):
             states = call_layer(scorer.body, layer, levels, states)
-        scored = self._scored(forest)
-        last = torch.cat(
-            [
-                state[..., here.rows.to(state.device), here.columns.to(state.device), :].to(scorer.device)
-                for state, here in zip(states, scored, strict=True)
-            ],
-            dim=-2,
-        )
-        count = float(sum(here.shares.sum() for here in scored))
-        if not last.requires_grad:  # no token came by any of the matrices
-            return [torch.zeros_like(p, dtype=_wide(p)) for p in self.parameters], count
-        tokens = torch.cat([here.tokens for here in scored]).to(scorer.device)
-        shares = torch.cat([here.shares for here in scored]).to(scorer.device)
-        above = _behind(scorer.head, last.detach(), tokens, shares)
-        found = torch.autograd.grad(last, self.parameters, above, allow_unused=True, materialize_grads=True)
-        return [gradient.to(_wide(gradient)) for gradient in found], count
-
-    def _scored(self, forest: Forest) -> list[_Scored]:
-        """The scored positions of each level."""
         found: list[list[tuple[int, int, int, float]]] = [[] for _ in forest.levels]
         for sequence in sorted(forest.ends):
             targets, share = self.pieces[sequence].targets, self.shares[sequence]
             for (level, row, column), token in zip(forest.tail(sequence, len(targets)), targets, strict=True):
                 found[level].append((row, column, token, share))
-        kinds = (torch.long, torch.long, torch.long, torch.float32)
-        return [
-            _Scored(*(torch.tensor([one[i] for one in here], dtype=kind) for i, kind in enumerate(kinds)))
-            for here in found
+        return _gathered(states, found, scorer.device)
+
+
+class _MaskedSweep(_Sweep):
+    """Of a model that predicts masked tokens: sequences that requests have in common are run once."""
+
+    scorer: MaskedScorer
+
+    def __init__(
+        self, scorer: MaskedScorer, requests: Sequence[Request], parameters: Sequence[nn.Parameter], budget: int
+    ) -> None:
+        super().__init__(scorer, requests, parameters, budget)
+        self.sheet = scorer.sheet(requests)
+
+    def pack(self, items: Sequence[tuple[int, ...]] | None, budget: int) -> list[list[tuple[int, ...]]]:
+        return self.sheet.batches(budget) if items is None else packed(items, budget)
+
+    def padded(self, batch: Sequence[tuple[int, ...]]) -> int:
+        return padded(batch)
+
+    def tokens(self, batch: Sequence[tuple[int, ...]]) -> int:
+        return sum(map(len, batch))
+
+    def run(self, batch: Sequence[tuple[int, ...]]) -> _Scored:
+        owners = [request for row in batch for request, _ in self.sheet.wanted[row]]
+        spots = [
+            (*spot, 1 / int(self.sheet.tokens[request]))
+            for spot, request in zip(self.sheet.spots(batch), owners, strict=True)
         ]
+        return _gathered([self.scorer.through(batch)], [spots], self.scorer.device)
 
 
-@dataclass(frozen=True, eq=False)
-class _Scored:
-    """Scored positions of one level: where they are, the tokens they must predict, their weights in the loss."""
-
-    rows: Tensor
-    columns: Tensor
-    tokens: Tensor
-    shares: Tensor
+def _gathered(
+    states: Sequence[Tensor], spots: Sequence[Sequence[tuple[int, int, int, float]]], device: torch.device
+) -> _Scored:
+    """What stands at the spots (row, column, token, share) of each level's states, level by level."""
+    picked = []
+    for state, here in zip(states, spots, strict=True):
+        rows, columns = (torch.tensor([spot[i] for spot in here], dtype=torch.long).to(state.device) for i in (0, 1))
+        picked.append(state[..., rows, columns, :].to(device))
+    return _Scored(
+        torch.cat(picked, dim=-2),
+        torch.tensor([token for here in spots for _, _, token, _ in here], dtype=torch.long),
+        torch.tensor([share for here in spots for *_, share in here], dtype=torch.float32),
+    )
 
 
 def _behind(head: Head, states: Tensor, tokens: Tensor, shares: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Store:
 
     def settings(self) -> list[Setting]:
         """All settings that anything in this folder was measured under, oldest first."""
-        rows = self._rows("SELECT model, weights, dtype, device, kv, attention FROM settings ORDER BY id")
+        rows = self._rows("SELECT model, weights, dtype, device, kv, attention, masking FROM settings ORDER BY id")
         return [Setting(*row) for row in rows]
 
     def put_task(self, name: str, protocol: str, info: Mapping[str, Any]) -> None:
@@ -505,8 +505,8 @@ def _scores(db: sqlite3.Connection, result: int) -> dict[str, tuple[float | None
 def _add_setting(db: sqlite3.Connection, setting: Setting) -> int:
     values = (setting.fingerprint, *dataclasses.astuple(setting))
     db.execute(
-        "INSERT OR IGNORE INTO settings (fingerprint, model, weights, dtype, device, kv, attention)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR IGNORE INTO settings (fingerprint, model, weights, dtype, device, kv, attention, masking)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         values,
     )
     return _ids(db, "settings", [setting.fingerprint])[setting.fingerprint]

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from impasto import fetch
 from impasto.benchmarks.reply import Reply
 from impasto.errors import FetchError, ImpastoError, UnknownTask, UsageError
-from impasto.result import RANK, Kind, Request, Response, Result, digest
+from impasto.result import Kind, Request, Response, Result, digest
 
 Origin = Literal["built-in", "harness", "include"]
 
@@ -489,8 +489,9 @@ def _asked(task: Any, source: str, limit: int | None, num_fewshot: int | None, s
         )
     except (AssertionError, ValueError, IndexError) as problem:
         raise UsageError(f"task {name} cannot be asked with {shots} examples per prompt: {problem}") from problem
-    ranked = bool((task.config.metadata or {}).get("rank"))
-    requests = tuple(_request(instance, ranked) for instance in task.instances)
+    said = task.config.metadata or {}
+    options = {name: said[name] for name in ("after", "rank") if said.get(name)}
+    requests = tuple(_request(instance, options) for instance in task.instances)
     asked = tuple(request.fingerprint for request in requests)
     docs = {instance.doc_id: instance.doc for instance in task.instances}
     filters = [ensemble.name for ensemble in task._filters]
@@ -518,8 +519,8 @@ def _asked(task: Any, source: str, limit: int | None, num_fewshot: int | None, s
     )
 
 
-def _request(instance: Any, ranked: bool) -> Request:
-    """A harness instance as a request; `ranked` asks for the rank of a continuation's first token too."""
+def _request(instance: Any, options: Mapping[str, Any]) -> Request:
+    """A harness instance as a request; `options` are those of a log-likelihood, see `Request`."""
     kinds: dict[str, Kind] = {
         "loglikelihood": "loglikelihood",
         "loglikelihood_rolling": "rolling",
@@ -529,9 +530,9 @@ def _request(instance: Any, ranked: bool) -> Request:
     if kind == "rolling":
         return Request(kind, "", texts[0])
     if kind == "generate":
-        options = json.dumps(texts[1], sort_keys=True, ensure_ascii=False, default=str)
-        return Request(kind, texts[0], options=options)
-    return Request(kind, texts[0], texts[1], RANK if ranked else "")
+        wanted = json.dumps(texts[1], sort_keys=True, ensure_ascii=False, default=str)
+        return Request(kind, texts[0], options=wanted)
+    return Request(kind, texts[0], texts[1], json.dumps(options, sort_keys=True) if options else "")
 
 
 def _answer(request: Request, response: Response) -> Any:

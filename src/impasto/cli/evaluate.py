@@ -52,6 +52,7 @@ def evaluate(
     kv: Annotated[options.KV, typer.Option(help="Cache of tasks that write text: exact, or the paper's mean.")] = (
         options.KV.exact
     ),
+    masking: options.Masks = None,
     batch_size: options.BatchSize = "auto",
     output: options.Output = None,
     dry_run: options.DryRun = False,
@@ -81,7 +82,8 @@ def evaluate(
     check_texts(schedule, edit)
     where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
     folder = run_folder(output, model, "eval")
-    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
+    way = masking and masking.value
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, way)
     from impasto import tasks as benchmarks
     from impasto.store import Store
 

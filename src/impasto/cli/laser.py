@@ -99,6 +99,7 @@ def laser(
         typer.Option(metavar="FILE", rich_help_panel=_BESIDE, help="A plain text: its perplexity. May be repeated."),
     ] = [],  # noqa: B006
     include_path: options.IncludePath = [],  # noqa: B006 (the command line's own copy)
+    masking: options.Masks = None,
     batch_size: options.BatchSize = "auto",
     output: options.Output = None,
     dry_run: options.DryRun = False,
@@ -127,7 +128,8 @@ def laser(
     tokens = options.batch_tokens(batch_size)
     where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
     folder = run_folder(output, model, f"laser-{protocol.value}")
-    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
+    way = masking and masking.value
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, way)
     asked: dict[str, Any] = {
         "protocol": protocol.value,
         "task_names": options.split(tasks) or None,

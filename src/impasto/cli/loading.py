@@ -34,13 +34,14 @@ class Loading:
     trust_remote_code: bool = False
     attention: str | None = None
     device_map: str | None = None
+    masking: str | None = None
 
     def load(self, model: str, progress: Phases) -> LoadedModel:
         """The model, with its progress and its licence shown."""
         progress.bytes(f"loading {model}", 0, 0)
         from impasto import models
 
-        return models.load(
+        loaded = models.load(
             model,
             device=self.device,
             dtype=self.dtype,
@@ -51,6 +52,7 @@ class Loading:
             progress=progress.bytes,
             notice=progress.note,
         )
+        return loaded.scored(self.masking) if self.masking else loaded
 
 
 def check_texts(schedules: Iterable[str], edits: Iterable[str] = ()) -> None:

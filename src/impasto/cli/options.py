@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from impasto.cluster import Cluster
 
 
+class Masking(StrEnum):
+    """How the tokens of an answer are masked, where the model predicts masked tokens."""
+
+    together = "together"
+    each = "each"
+    authors = "authors"
+
+
 class KV(StrEnum):
     """How the KV cache is laid out under a schedule."""
 
@@ -79,6 +87,14 @@ IncludePath = Annotated[
         metavar="FOLDER",
         rich_help_panel=_ASKING,
         help="A folder with harness YAML files of your own; may be repeated.",
+    ),
+]
+Masks = Annotated[
+    Masking | None,
+    typer.Option(
+        "--masking",
+        rich_help_panel=_ASKING,
+        help="Encoders: mask an answer's tokens together, or each in turn; `authors` counts one token too many.",
     ),
 ]
 BatchSize = Annotated[str, typer.Option(metavar="TOKENS", help="Tokens per batch: auto, or a number to start from.")]

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
 from impasto import console
@@ -39,7 +40,7 @@ def run(
     attn_implementation: options.AttnImplementation = None,
     device_map: options.DeviceMap = None,
 ) -> None:
-    """Write text under a schedule, and the original's beside it, with the speed of both.
+    """Write text under a schedule, and the original's beside it, with the speed of both; an encoder fills five masks.
 
     Examples:
       impasto run demo -s "0:8 12:18" "The capital of France is"
@@ -56,25 +57,44 @@ def run(
         loaded = loading.load(model, progress)
         require_tokenizer(loaded)
         original, changed = recipes(loaded, [None], [])[0], recipes(loaded, [schedule], edit)[0]
+        out = console.output()
+        if loaded.masked and not chat:
+            written = [_filled(loaded, recipe, prompt, max_new_tokens) for recipe in (original, changed)]
+            progress.close()
+            _print_recipe(out, loaded, changed)
+            for title, text in zip(("original", "changed"), written, strict=True):
+                stream = _print_text(out, title, prompt)
+                stream.write(text)
+                stream.end()
+            return
         ids = encoded(loaded, prompt, chat=chat)
         progress.bytes("warming up", 0, 0)
         for recipe in (original, changed):
             _generate(loaded, recipe, ids, WARM_UP, kv, None)
-    out = console.output()
-    out.print(console.plain(f"schedule: {changed.schedule.describe(loaded.layers)}"), soft_wrap=True)
-    for edit_ in changed.edits:
-        out.print(console.plain(f"edit: {edit_}"), soft_wrap=True)
+    _print_recipe(out, loaded, changed)
     made = []
     for title, recipe, cache in (("original", original, options.KV.exact), ("changed", changed, kv)):
-        out.print()
-        out.print(console.plain(title, "bold"))
-        stream = console.Stream(out)
-        stream.write("" if chat else prompt, "dim")
+        stream = _print_text(out, title, "" if chat else prompt)
         made.append(_generate(loaded, recipe, ids, max_new_tokens, cache, stream))
         stream.end()
     out.print()
     out.print(speeds(made, len(ids)))
     out.print(console.plain("one run each: a hint, not a measurement", "dim"))
+
+
+def _print_recipe(out: Console, loaded: LoadedModel, recipe: Recipe) -> None:
+    out.print(console.plain(f"schedule: {recipe.schedule.describe(loaded.layers)}"), soft_wrap=True)
+    for edit in recipe.edits:
+        out.print(console.plain(f"edit: {edit}"), soft_wrap=True)
+
+
+def _print_text(out: Console, title: str, prompt: str) -> Stream:
+    """A title and the prompt; what is written comes behind it."""
+    out.print()
+    out.print(console.plain(title, "bold"))
+    stream = Stream(out)
+    stream.write(prompt, "dim")
+    return stream
 
 
 def encoded(loaded: LoadedModel, prompt: str, *, chat: bool) -> list[int]:
@@ -118,6 +138,18 @@ def _ratio(old: float | None, new: float | None) -> str:
 
 def _end(made: Generated) -> str:
     return "the beginning of the prompt was cut off: it is longer than the window" if made.truncated else ""
+
+
+def _filled(loaded: LoadedModel, recipe: Recipe, prompt: str, tokens: int) -> str:
+    """What a masked model puts under masks behind the prompt."""
+    from impasto.apply import applied
+    from impasto.masked import MASKS, respond
+    from impasto.result import Request
+
+    with applied(loaded, recipe.schedule, recipe.edits):
+        (answer,) = respond(loaded.model, loaded.tokenizer, [Request("generate", prompt)], masks=min(tokens, MASKS))
+    text = answer.text or ""
+    return text if text[:1].isspace() or prompt[-1].isspace() else f" {text}"
 
 
 def _generate(

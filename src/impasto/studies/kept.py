@@ -151,6 +151,17 @@ def _shown(name: str) -> str:
     return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
 
 
+def _scored(setting: Setting) -> str:
+    """How answers were read off the model, in words."""
+    masked = {
+        "": "exact KV cache",
+        "together": "all tokens of an answer masked at once",
+        "each": "the tokens of an answer masked one at a time",
+        "authors": "all tokens of an answer masked at once, losses per token over one token too many",
+    }
+    return masked[setting.masking]
+
+
 def provenance(
     store: Store, setting: Setting, protocol: str, source: str, tasks: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
@@ -168,7 +179,7 @@ def provenance(
     told = {
         "model": _shown(setting.model),
         "weights": f"{source}, fingerprint {setting.weights[:16]}",
-        "computed in": f"{setting.dtype} on {setting.device}, {setting.attention} attention, exact KV cache",
+        "computed in": f"{setting.dtype} on {setting.device}, {setting.attention} attention, {_scored(setting)}",
         "protocol": protocol,
     }
     for name, info in ((name, store.tasks().get((name, mark), {})) for name, mark in tasks):

@@ -2,7 +2,8 @@
 
 Figure 5 of the LASER paper (arXiv 2312.13558): where an edit corrects an answer, its largest components are kept and
 the others thrown away. Here it is the other way round: of one matrix only the smallest components are kept, more and
-more of them up to the whole matrix, and the likeliest next token is looked at. The paper reports entities of the right
+more of them up to the whole matrix, and the likeliest next token is looked at; of a masked model the likeliest at the
+first mask, all tokens of the right answer masked. The paper reports entities of the right
 kind where few are kept, function words where many are, and that the answer moves away from the right one; the
 shares of both kinds are in `impasto.studies.facts`. It does not say which embedding its likeness is of; here it is the
 cosine of two rows of the input or the output embedding.
@@ -24,6 +25,7 @@ from impasto.edit import Edit
 from impasto.encoding import Encoder
 from impasto.errors import UsageError
 from impasto.generation import generate
+from impasto.masked import Masker, likeliest
 from impasto.models import LoadedModel
 from impasto.result import Request
 from impasto.schedule import Schedule
@@ -90,31 +92,54 @@ def tail_answers(
     if any(request.kind != "loglikelihood" for request in questions):
         raise UsageError("the tail of a matrix is asked questions with an answer: give log-likelihood requests")
     edits = [Edit.parse(f"{layer}.{matrix}@tail{share:f}", loaded.layers) for share in shares]
-    encoder = Encoder(loaded.model, loaded.tokenizer)
-    pieces = encoder.pieces(questions)
-    # What comes before the answer's first token; the last tokens of a piece predict the answer's own.
-    contexts = [piece.tokens[: len(piece.tokens) - len(piece.targets) + 1] for piece in pieces]
-    golds = [piece.targets[0] for piece in pieces]
-    plain = Schedule.identity(loaded.layers)
+    ask = _masked if loaded.masked else _next
+    golds, answers = ask(loaded, questions, batch_tokens)
     made: list[Said] = []
     for place, edit in enumerate(edits):
         if progress is not None:
             progress(place / len(edits))
         with worn(loaded, [edit]):
-            answers = generate(
-                loaded.model,
-                loaded.tokenizer,
-                plain,
-                contexts,
-                max_new_tokens=1,
-                token_budget=batch_tokens,
-                window=encoder.window + 1,
-            )
-        tokens = [answer.new_token_ids[0] if answer.finite else None for answer in answers]
-        made.append(_said(loaded, edit, tokens, golds, embedding))
+            made.append(_said(loaded, edit, answers(), golds, embedding))
     if progress is not None:
         progress(1.0)
     return tuple(made)
+
+
+Answers = Callable[[], list[int | None]]  # the likeliest tokens of the model as it is, one for each question
+
+
+def _next(loaded: LoadedModel, questions: Sequence[Request], batch_tokens: int | None) -> tuple[list[int], Answers]:
+    """The first tokens of the right answers, and what gives the likeliest next ones."""
+    encoder = Encoder(loaded.model, loaded.tokenizer)
+    pieces = encoder.pieces(questions)
+    # What comes before the answer's first token; the last tokens of a piece predict the answer's own.
+    contexts = [piece.tokens[: len(piece.tokens) - len(piece.targets) + 1] for piece in pieces]
+
+    def answers() -> list[int | None]:
+        written = generate(
+            loaded.model,
+            loaded.tokenizer,
+            Schedule.identity(loaded.layers),
+            contexts,
+            max_new_tokens=1,
+            token_budget=batch_tokens,
+            window=encoder.window + 1,
+        )
+        return [answer.new_token_ids[0] if answer.finite else None for answer in written]
+
+    return [piece.targets[0] for piece in pieces], answers
+
+
+def _masked(loaded: LoadedModel, questions: Sequence[Request], batch_tokens: int | None) -> tuple[list[int], Answers]:
+    """The first tokens of the right answers, and what gives the likeliest ones at their masks."""
+    masker = Masker(loaded.model, loaded.tokenizer)
+    asked = [masker.encode(request.context, request.continuation, request.after) for request in questions]
+
+    def answers() -> list[int | None]:
+        found = dict(likeliest(loaded.model, masker, asked, budget=batch_tokens))
+        return [None if (tokens := found[place]) is None else tokens[0] for place in range(len(asked))]
+
+    return [one.targets[0] for one in asked], answers
 
 
 def _said(

@@ -179,7 +179,7 @@ def _prepare(
     progress: Progress | None,
     note: Note | None,
 ) -> _Study:
-    from impasto.evaluate import scorer_of, setting_of
+    from impasto.evaluate import next_scorer, setting_of
 
     chosen = protocol(name)
     names = tuple(task_names or chosen.tasks)
@@ -197,7 +197,7 @@ def _prepare(
     if store is not None:
         asked.write(store, setting)
     recipes = [Recipe(loaded.name, v.schedule) for v in found]
-    scorer = functools.cache(lambda: scorer_of(loaded, batch_tokens, note=note))
+    scorer = functools.cache(lambda: next_scorer(loaded, batch_tokens, note=note))
     return _Study(loaded, setting, asked, chosen, tasks, recipes, scorer)
 
 

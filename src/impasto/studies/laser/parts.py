@@ -13,7 +13,7 @@ import numpy as np
 from impasto.anatomy import anatomy
 from impasto.edit import Edit, Rule
 from impasto.errors import FetchError, UnsupportedModel, UsageError
-from impasto.halves import halves
+from impasto.halves import members
 from impasto.matrices import Site, matched, shape, sites
 from impasto.models import LoadedModel
 from impasto.result import Request, Response, Result
@@ -26,6 +26,8 @@ Progress = Callable[[str, float], None]
 Note = Callable[[str], None]
 
 VALIDATION = "_validation"
+MASKED = "_masked"  # ends the names of tasks that are worded for encoders
+WORDED = ("laser", "laser_counterfact", "laser_bios_gender", "laser_bios_profession")  # there is such a form of these
 _SHARE = 0.2  # of a task without parts of its own
 
 
@@ -49,6 +51,8 @@ def pairs(
     include: Sequence[Path | str],
     progress: Progress | None,
     note: Note | None,
+    *,
+    masked: bool = False,
 ) -> list[Pair]:
     """The tasks of a study, each in two parts.
 
@@ -59,13 +63,18 @@ def pairs(
         include: folders with the user's own task files.
         progress: told the share of the tasks that are read.
         note: told which of the protocol's own tasks are left out.
+        masked: the model predicts masked tokens: of the protocol's own tasks those forms are taken that the paper asks
+            encoders; tasks that the user named are asked as named.
 
     Raises:
         UnknownTask: no task of that name.
         FetchError: the data of a named task cannot be had.
         UsageError: a task that has no right answers to compare, or too few documents.
     """
-    wanted = list(names or protocol.tasks)
+    wanted = list(names or [f"{name}{MASKED}" if masked and name in WORDED else name for name in protocol.tasks])
+    if masked and note is not None:
+        for name in [name for name in wanted if name in WORDED]:
+            note(f"{name} is worded for models that read from left to right; {name}{MASKED} is its form for encoders")
     found: list[Pair] = []
     lacking: list[str] = []
     for i, name in enumerate(wanted):
@@ -90,7 +99,7 @@ def pairs(
 def _pairs(name: str, protocol: Protocol, include: Sequence[Path | str], note: Note | None) -> Iterator[Pair]:
     if name.endswith(VALIDATION):
         raise UsageError(f"{name} is a part to choose on: name {name.removesuffix(VALIDATION)}, and both are asked")
-    count = protocol.validation_of(name)
+    count = protocol.validation_of(name.removesuffix(MASKED))
     if name == "laser" or name.startswith("laser_"):
         second = {task.name: task for task in build([name], limit=count and TEST * count, include=include, notice=note)}
         first = build([name + VALIDATION], limit=count, include=include)
@@ -307,13 +316,11 @@ def matrices(loaded: LoadedModel, types: Sequence[str], layers: Sequence[int]) -
         if kind not in ("mlp", "attention", "all"):
             matched(loaded.model, body, Edit(tuple(layers), kind, Rule("zero")))  # refuses what is nowhere
         for layer in layers:
-            half = _half(loaded, layer, kind)
+            half = _halves(loaded, layer, kind)
             for site in _named(loaded, layer, kind):
                 name = site.names[-1]
                 rows, columns = shape(loaded.model, body, site)
-                where = next(
-                    (word for word, child in half.items() if name.startswith(f"{child}.") or name == child), ""
-                )
+                where = half.get(name.partition(".")[0], "")
                 if kind in ("all", where) or kind not in ("mlp", "attention"):
                     found.setdefault((layer, name), Matrix(layer, name, where, rows, columns))
     if not found:
@@ -331,12 +338,12 @@ def _named(loaded: LoadedModel, layer: int, kind: str) -> list[Site]:
         return []
 
 
-def _half(loaded: LoadedModel, layer: int, kind: str) -> dict[str, str]:
-    """Names of the two children that are a block's halves."""
+def _halves(loaded: LoadedModel, layer: int, kind: str) -> dict[str, str]:
+    """Which half of a block its children are of, by their names."""
     try:
-        found = halves(loaded.model, anatomy(loaded.model), layer)
+        found = members(loaded.model, anatomy(loaded.model), layer)
     except UnsupportedModel as problem:
         if kind in ("mlp", "attention"):
             raise UnsupportedModel(f"{problem}; name the matrices instead (--types), or take all of them") from None
         return {}
-    return {"mlp": found.mlp.name, "attention": found.attention.name}
+    return {name: "attention" if half == "attn" else half for name, half in found.items()}

@@ -18,7 +18,7 @@ from impasto import composition
 from impasto.composition import Rung, Verdict
 from impasto.edit import Edit
 from impasto.errors import ImpastoError, UsageError
-from impasto.evaluate import Place, evaluate, plan, setting_of
+from impasto.evaluate import Place, evaluate, plan, scorer_of, setting_of
 from impasto.models import LoadedModel
 from impasto.perplexity import METRIC, sliding_scorer
 from impasto.recipe import Recipe
@@ -46,7 +46,7 @@ from impasto.studies.run import StudyPlan
 from impasto.tasks import TaskSet
 
 if TYPE_CHECKING:
-    from impasto.scoring import Scorer
+    from impasto.scoring import Scoring
 
 Progress = Callable[[str, float], None]
 Note = Callable[[str], None]
@@ -81,7 +81,7 @@ class _Study:
     book: Book
     pairs: Sequence[Pair]
     grid: tuple[Edit, ...]
-    scorer: Callable[[], Scorer]
+    scorer: Callable[[], Scoring]
     batch_tokens: int | None
     where: Place | None
     counts: Sequence[Path | str]
@@ -126,7 +126,7 @@ def run_laser(
         report.write(page, "my-run")
 
     Args:
-        loaded: a causal language model, its weights not quantised.
+        loaded: a causal or a masked language model, its weights not quantised.
         store: the run folder's store.
         protocol: "quick", "standard" or "paper".
         task_names: harness tasks instead of the protocol's own. A task of this package named `laser_...` has a
@@ -149,7 +149,7 @@ def run_laser(
 
     Raises:
         UsageError: an unknown protocol, task or matrix, or a share outside of 0 to 1.
-        UnsupportedModel: weights that cannot be edited.
+        UnsupportedModel: weights that cannot be edited, or a model that predicts no tokens.
         ImpastoError: something could not be measured; all else is kept, and `page_of` makes a page of it.
     """
     wanted = _wanted(protocol, limit, types, layers, rhos, select, screen, compose, task_names)
@@ -251,6 +251,7 @@ def _prepare(
     note: Note | None,
 ) -> _Study:
     tell, say = progress or (lambda phase, share: None), note or (lambda text: None)
+    loaded.require_head()
     places = layers_of(wanted.layers, loaded.layers)
     if wanted.compose == "authors" and len(places) < 2:
         raise UsageError("the authors' composition leaves out the last layer, so it needs at least two")
@@ -258,7 +259,8 @@ def _prepare(
     grid = candidates(cut, wanted.rhos)
     if not grid:
         raise UsageError("a share of 1 changes nothing: name shares below it with --rhos")
-    both = pairs(wanted, names, include, progress, note)
+    both = pairs(wanted, names, include, progress, note, masked=loaded.masked)
+    made = scorer_of if loaded.masked else sliding_scorer
     asked = Asked(loaded.layers, wanted, cut, len(grid), tuple(pair.part for pair in both), seed, loaded.source)
     return _Study(
         loaded=loaded,
@@ -266,7 +268,7 @@ def _prepare(
         book=Book(store, setting_of(loaded), asked, asked.mark),
         pairs=both,
         grid=grid,
-        scorer=functools.cache(lambda: sliding_scorer(loaded, batch_tokens, note=say)),
+        scorer=functools.cache(lambda: made(loaded, batch_tokens, note=say)),
         batch_tokens=batch_tokens,
         where=where,
         counts=counts,
