@@ -226,6 +226,27 @@ def test_steps_by_hand_are_those_of_generate() -> None:
     assert tokens == list(made)
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(3, []), (2, []), (2, [16])])
+def test_prompts_in_a_tensor_are_those_in_lists_and_are_never_built_on_the_host(
+    rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = families.shared("llama"), torch.tensor(prompts(*[11] * rows), dtype=torch.int32)
+    with fast(model, batch=3, context=24, prompt_sizes=sizes) as decoder:
+        expected = [decoder.prefill(given.tolist()).tolist(), decoder.step().tolist()]
+        decoder.prefill(prompts(4, 9))  # leaves padding behind
+        monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("built on the host"))
+        assert [decoder.prefill(given).tolist(), decoder.step().tolist()] == expected
+
+
+def test_tensors_that_are_no_prompts() -> None:
+    with fast(families.shared("llama"), batch=2, context=16) as decoder:
+        for shape in ((3, 5), (0, 5), (2, 0), (5,), (1, 2, 5)):
+            with pytest.raises(UsageError, match="reads 1 to 2 prompts at a time, each of at least one token"):
+                decoder.prefill(torch.ones(shape, dtype=torch.long))
+        with pytest.raises(UsageError, match="a prompt of 17 tokens is longer than the context of 16"):
+            decoder.prefill(torch.ones(2, 17, dtype=torch.long))
+
+
 def test_the_model_is_as_before() -> None:
     model = families.build("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

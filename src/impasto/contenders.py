@@ -256,7 +256,7 @@ class Fast(_Own):
 
     def ready(self, job: Job) -> Ready:
         """Compile, record, and run the case once."""
-        self.job, self.prompts = job, job.ids.tolist()
+        self.job = job
         notes = self.outfit.notes
         with peak_memory(self.loaded.device) as peak:
             try:
@@ -281,7 +281,7 @@ class Fast(_Own):
                 self.model, self.recipe.schedule, batch=case.batch, context=context, buckets=[context], compile=compile
             ) as decoder,
         ):
-            decoder.prefill(self.prompts)
+            decoder.prefill(self.job.ids)
             for _ in range(min(case.new_tokens - 1, 3)):
                 decoder.step()
             self.watch.wait()
@@ -297,7 +297,7 @@ class Fast(_Own):
             for _ in range(prefills):
                 watch.wait()
                 before = watch.mark()
-                decoder.prefill(self.prompts)
+                decoder.prefill(self.job.ids)
                 ttft += watch.between([before, watch.mark()])
             marks = [watch.mark()]
             for _ in range(steps):

@@ -283,11 +283,23 @@ class Decoder:
             made = [_until(row, stops) for row in self.new_tokens()[: len(rows)]]
         return [tokens for tokens, _ in made]
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts into empty slots and choose their first new tokens, (batch,); at most `batch` prompts."""
-        if not prompts or len(prompts) > self.batch or not all(prompts):
+    def prefill(self, prompts: Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Read the prompts into empty slots and choose their first new tokens, (batch,).
+
+        Args:
+            prompts: at most `batch` rows of token ids. As a tensor (rows, tokens) they are of one length, and nothing
+                is copied from the host where it lies on the model's device.
+
+        Raises:
+            UsageError: no prompts or too many, an empty one, or one that the context does not hold.
+        """
+        if isinstance(prompts, Tensor):
+            right = prompts.dim() == 2 and 0 < len(prompts) <= self.batch and prompts.shape[1] > 0
+        else:
+            right = 0 < len(prompts) <= self.batch and all(prompts)
+        if not right:
             raise UsageError(f"this decoder reads 1 to {self.batch} prompts at a time, each of at least one token")
-        longest = max(map(len, prompts))
+        longest = prompts.shape[1] if isinstance(prompts, Tensor) else max(map(len, prompts))
         if longest > self.context:
             raise UsageError(f"a prompt of {longest} tokens is longer than the context of {self.context}")
         width = next((size for size in self.prompt_sizes if size >= longest), None)
@@ -300,17 +312,24 @@ class Decoder:
             work()
         return self.program.ids[:, 0]
 
-    def _placed(self, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
+    def _placed(self, prompts: Sequence[Sequence[int]] | Tensor, width: int) -> Tensor:
         """The prompts as rows of ids, padded on both sides; tells the program where they begin and end."""
-        longest = max(map(len, prompts))
-        rows = [*prompts, *[prompts[0]] * (self.batch - len(prompts))]
-        pads = [longest - len(row) for row in rows]
-        self.program.pads.copy_(torch.tensor(pads))
+        if isinstance(prompts, Tensor):
+            longest = prompts.shape[1]
+            self.program.pads.zero_()
+            rows = torch.cat([prompts, prompts[:1].expand(self.batch - len(prompts), -1)]).long()
+            ids = nn.functional.pad(rows, (0, width - longest))
+        else:
+            longest = max(map(len, prompts))
+            filled = [*prompts, *[prompts[0]] * (self.batch - len(prompts))]
+            pads = [longest - len(row) for row in filled]
+            self.program.pads.copy_(torch.tensor(pads))
+            ids = torch.tensor(
+                [[0] * pad + list(row) + [0] * (width - longest) for pad, row in zip(pads, filled, strict=True)]
+            )
         self.program.last.fill_(longest - 1)
         self.begun = self.filled = longest
-        return torch.tensor(
-            [[0] * pad + list(row) + [0] * (width - longest) for pad, row in zip(pads, rows, strict=True)]
-        )
+        return ids
 
     def step(self) -> Tensor:
         """One token more in every row, (batch,). The tensor is the decoder's own and changes with the next step."""
