@@ -242,7 +242,6 @@ class Ours:
         self, name: str, schedule: str, mode: str, rank: str | None = None, branches: Branches = "stacked"
     ) -> None:
         self.name, self.schedule, self.mode, self.rank, self.branches = name, schedule, mode, rank, branches
-        self.held: list[Any] = []
 
     def build(self, model: Any, prompt: list[int], context: int) -> dict[str, Any]:
         """Compile the recipe and read the prompt; returns what that took and what a step reads."""
@@ -253,7 +252,6 @@ class Ours:
                     edited(model, [f"*.mlp.*@{self.rank}"], svd="lowrank", niter=1, form="factored")
                 )
                 assert all(one.form == "factored" for one in report.touched)
-                self.held += [vars(m)["forward"] for m in model.modules() if "forward" in vars(m)]
             edits_seconds = time.perf_counter() - began
             decoder = stack.enter_context(
                 fast(

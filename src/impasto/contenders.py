@@ -252,7 +252,6 @@ class Fast(_Own):
         super().__init__(loaded, recipe, outfit, watch)
         self.compile = compile
         self.decoder: Decoder | None = None
-        self._held: list[Tensor] = []  # what recordings read: others may move the model's weights meanwhile
 
     def ready(self, job: Job) -> Ready:
         """Compile, record, and run the case once."""
@@ -285,7 +284,7 @@ class Fast(_Own):
             for _ in range(min(case.new_tokens - 1, 3)):
                 decoder.step()
             self.watch.wait()
-            self.decoder, self._held = decoder, [parameter.data for parameter in self.model.parameters()]
+            self.decoder = decoder
             return decoder.report
 
     def run(self, prefills: int, steps: int) -> tuple[list[float], list[float]]:
@@ -307,7 +306,7 @@ class Fast(_Own):
 
     def close(self) -> None:
         """Forget recordings and slots."""
-        self.decoder, self._held = None, []
+        self.decoder = None
 
 
 def demand(model: Any, body: Anatomy, recipe: Recipe, touched: Sequence[Touched], case: Case, keys: float) -> Demand:

@@ -242,6 +242,7 @@ class Decoder:
         self._steps: dict[int, Work] = {}
         self._prompts: dict[int, tuple[Tensor, Work]] = {}
         self._pieces: dict[int, Pieces] = {}
+        self._read: list[object] = []  # what recordings read
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Iterable[int] | None = None
@@ -495,15 +496,27 @@ class Decoder:
             for state, value in saved:
                 state.copy_(value)
 
-        with self._timed("record"):
-            return self.backend.record(lambda: self._live_step(visible), undo)
+        return self._recorded(lambda: self._live_step(visible), undo)
 
     def _recorded_prompt(self, width: int) -> tuple[Tensor, Work]:
         if width not in self._prompts:
             ids = torch.zeros(self.batch, width, dtype=torch.long, device=self.program.device)
-            with self._timed("record"):
-                self._prompts[width] = ids, self.backend.record(lambda: self.program.prompt(ids), lambda: None)
+            self._prompts[width] = ids, self._recorded(lambda: self.program.prompt(ids), lambda: None)
         return self._prompts[width]
+
+    def _recorded(self, work: Work, undo: Work) -> Work:
+        """Record some work, and hold what it reads: weights, buffers, and thin products in the place of weights.
+
+        A replay reads addresses, not the model. Others may give the model's weights new memory later (`Stacks` does),
+        or take edits off; what was there then must not be freed, as long as this decoder can be replayed.
+        """
+        with self._timed("record"):
+            recorded = self.backend.record(work, undo)
+        model = self.program.model
+        self._read += [p.data for p in model.parameters()]
+        self._read += model.buffers()
+        self._read += [vars(m)["forward"] for m in model.modules() if "forward" in vars(m)]
+        return recorded
 
 
 def _until(row: Sequence[int], stops: frozenset[int]) -> tuple[tuple[int, ...], bool]:
