@@ -19,14 +19,11 @@ import contextlib
 import dataclasses
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from impasto.fast import Branches, Decoder, fast
+from impasto.hardware import machine
 from impasto.pieces import Compile
 from impasto.runtime import scheduled
 from impasto.surgery import edited
@@ -133,23 +131,6 @@ def timed(work: Callable[[], Any], count: int) -> list[float]:
         after.record()
     wait()
     return [before.elapsed_time(after) for before, after in events]
-
-
-def machine() -> dict[str, Any]:
-    """What this runs on, and with which packages."""
-    packages = ("torch", "transformers", "triton", "accelerate", "numpy")
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {
-        "gpu": torch.cuda.get_device_name() if CUDA else None,
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
 
 
 def clocks() -> dict[str, str]:
@@ -434,7 +415,7 @@ class Run:
         self.chosen = chosen
         self.began = time.perf_counter()
         self.found: dict[str, Any] = {
-            "machine": machine(),
+            "machine": machine(DEVICE),
             "options": {k: str(v) for k, v in vars(chosen).items()},
             "shapes": {},
         }
