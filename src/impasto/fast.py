@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from impasto.anatomy import Anatomy, anatomy, input_device, probe_inputs, quietly, text_config
+from impasto.anatomy import Anatomy, anatomy, input_device, probe_inputs, quietly, split, text_config
 from impasto.edit import Edit
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.generation import Size
@@ -167,8 +167,9 @@ def pays(model: nn.Module, schedule: Schedule | str, steps: int) -> bool:
 
     Small layers keep a GPU waiting for the host, which recording ends; large ones gain less than is assumed here, but
     with them a step takes so long that recording is short beside it. Answers may end early, so half of the steps count.
+    A model whose layers are split over processes is not recorded.
     """
-    if input_device(model).type != "cuda":
+    if input_device(model).type != "cuda" or any(map(split, model.parameters())):
         return False
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, layers=anatomy(model).depth)
