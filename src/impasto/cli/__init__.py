@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with ranks.hushed() if number else contextlib.nullcontext():
             code = app(args=tidy, prog_name="impasto", standalone_mode=False)
-        ranks.leave()
+        if ranks.asked(tidy):
+            ranks.leave()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:  # the reader has seen enough
