@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from impasto.hardware import machine
 from impasto.models import load
 from impasto.recipe import Recipe
 from impasto.schedule import Schedule
 from impasto.scoring import Scorer, Sharing
 from impasto.tasks import build
-from sweep import harness, machine
+from sweep import harness
 
 
 def options() -> argparse.Namespace:
@@ -58,6 +59,7 @@ def main() -> None:
         for batch in map(int, chosen.harness_batches.split(",")):
             values = harness(loaded.model, loaded.tokenizer, batch, identity, requests)
             ways[f"harness {name} batch {batch}"] = values
+        device = loaded.device
         del loaded, scorer
         gc.collect()
         if torch.cuda.is_available():
@@ -71,8 +73,12 @@ def main() -> None:
             | {"values": [float(a[worst]), float(b[worst])]}
         )
         print(f"{gap.max():9.4g} {gap.mean():9.3g}  {one} | {other}", flush=True)
-    report = {"machine": machine(), "options": {k: str(v) for k, v in vars(chosen).items()}, "requests": len(requests)}
-    report |= {"pairs": pairs, "samples": {name: values.tolist() for name, values in ways.items()}}
+    report = {"machine": machine(device), "options": {k: str(v) for k, v in vars(chosen).items()}}
+    report |= {
+        "requests": len(requests),
+        "pairs": pairs,
+        "samples": {name: values.tolist() for name, values in ways.items()},
+    }
     chosen.output.write_text(json.dumps(report, indent=1))
 
 

@@ -28,13 +28,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from impasto.hardware import machine
 from impasto.pace import pace
 from impasto.plots import save
 from impasto.recipe import Recipe
 from impasto.result import Figure, Request
 from impasto.scoring import Scorer
 from impasto.studies.protocol import PROTOCOLS, Protocol, variants
-from sweep import machine, seconds
+from sweep import seconds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tiny_model, tiny_tokenizer
@@ -240,7 +241,7 @@ def main() -> None:
     scorer = scorer_of(DEPTH, chosen.width, chosen.device)
     scorer.score(pool[:3], questions(LENGTH, 1))  # warm
     report: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine(torch.device(chosen.device)),
         "options": {k: str(v) for k, v in vars(chosen).items()},
         "pool": len(pool),
         "recipes": over_recipes(scorer, pool, sizes, chosen.rounds),

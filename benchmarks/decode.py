@@ -19,14 +19,11 @@ import contextlib
 import dataclasses
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from impasto.fast import Branches, Decoder, fast
+from impasto.hardware import machine
 from impasto.pieces import Compile
 from impasto.runtime import scheduled
 from impasto.surgery import edited
@@ -135,23 +133,6 @@ def timed(work: Callable[[], Any], count: int) -> list[float]:
     return [before.elapsed_time(after) for before, after in events]
 
 
-def machine() -> dict[str, Any]:
-    """What this runs on, and with which packages."""
-    packages = ("torch", "transformers", "triton", "accelerate", "numpy")
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {
-        "gpu": torch.cuda.get_device_name() if CUDA else None,
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
 def clocks() -> dict[str, str]:
     """Clocks, temperature, power and throttling reasons, as the driver gives them now."""
     fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active,utilization.gpu,pstate"
@@ -242,7 +223,6 @@ class Ours:
         self, name: str, schedule: str, mode: str, rank: str | None = None, branches: Branches = "stacked"
     ) -> None:
         self.name, self.schedule, self.mode, self.rank, self.branches = name, schedule, mode, rank, branches
-        self.held: list[Any] = []
 
     def build(self, model: Any, prompt: list[int], context: int) -> dict[str, Any]:
         """Compile the recipe and read the prompt; returns what that took and what a step reads."""
@@ -253,7 +233,6 @@ class Ours:
                     edited(model, [f"*.mlp.*@{self.rank}"], svd="lowrank", niter=1, form="factored")
                 )
                 assert all(one.form == "factored" for one in report.touched)
-                self.held += [vars(m)["forward"] for m in model.modules() if "forward" in vars(m)]
             edits_seconds = time.perf_counter() - began
             decoder = stack.enter_context(
                 fast(
@@ -381,12 +360,12 @@ def ttft(shape: str, model: Any, rounds: int, length: int = 128) -> dict[str, An
     samples: dict[str, list[float]] = {"hf": [], "ours": []}
     with fast(model, context=length + TAIL) as decoder:
         for _ in range(3):
-            decoder.prefill([prompt]).tolist()
+            decoder.prefill(peer.ids).tolist()
     for _ in range(3):
         peer.generate(1)
     for _ in range(rounds * 5):
         samples["hf"].append(seconds(lambda: peer.generate(1).tolist()) * 1e3)
-        samples["ours"].append(seconds(lambda: decoder.prefill([prompt]).tolist()) * 1e3)
+        samples["ours"].append(seconds(lambda: decoder.prefill(peer.ids).tolist()) * 1e3)
     return {name: {"samples": values, **quantiles(values)} for name, values in samples.items()}
 
 
@@ -436,7 +415,7 @@ class Run:
         self.chosen = chosen
         self.began = time.perf_counter()
         self.found: dict[str, Any] = {
-            "machine": machine(),
+            "machine": machine(DEVICE),
             "options": {k: str(v) for k, v in vars(chosen).items()},
             "shapes": {},
         }

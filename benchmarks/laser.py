@@ -45,6 +45,7 @@ from impasto import memory
 from impasto.composition import Verdict
 from impasto.edit import Edit
 from impasto.encoding import Piece
+from impasto.hardware import machine
 from impasto.models import load
 from impasto.recipe import Recipe
 from impasto.result import Request, Response
@@ -53,7 +54,7 @@ from impasto.scoring import Scorer
 from impasto.screening import screen
 from impasto.surgery import edited
 from impasto.tasks import build
-from sweep import machine, seconds
+from sweep import seconds
 
 RHOS = "0.9,0.8,0.6,0.4,0.2,0.1,0.05,0.01"
 TOP = 10  # likeliest words that the paper's scripts look at
@@ -336,7 +337,7 @@ def main() -> None:
     chosen = options()
     bench = Benchmark(chosen)
     report: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine(bench.loaded.device),
         "setting": vars(bench.loaded.setting),
         "options": {k: str(v) for k, v in vars(chosen).items()},
         "grid": {

@@ -43,6 +43,7 @@ import decode
 from decode import CUDA, DEVICE, SHAPES, TAIL, Ours, Theirs, quantiles, timed
 from impasto.fast import fast
 from impasto.graphs import Cuda
+from impasto.hardware import machine
 from impasto.runtime import scheduled
 from impasto.schedule import Schedule
 from impasto.shares import plan
@@ -241,9 +242,9 @@ class Run:
         self.began = time.perf_counter()
         self.until = float(chosen.budget_seconds)  # seconds after the beginning when the part that runs has to be done
         self.found: dict[str, Any] = {
-            "machine": decode.machine() | {"gpus": team.size, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+            "machine": machine(team.device) | {"gpus": team.size, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
             if CUDA
-            else decode.machine() | {"processes": team.size},
+            else machine(team.device) | {"processes": team.size},
             "options": {name: str(value) for name, value in vars(chosen).items()},
             "settings": {n: v for n, v in os.environ.items() if n.startswith("NCCL_")},
             "shapes": {},

@@ -21,14 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ import numpy as np
 import torch
 
 from impasto.encoding import quiet_harness
+from impasto.hardware import machine
 from impasto.models import load
 from impasto.pace import pace
 from impasto.recipe import Recipe
@@ -73,25 +71,6 @@ def harness(model: Any, tokenizer: Any, batch: int, schedule: Schedule, requests
         ]
         answers = peer.loglikelihood(asked, disable_tqdm=True)
     return np.array([value for value, _ in answers])
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what this ran."""
-    packages = ("impasto", "torch", "transformers", "lm_eval")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "source tree"
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": found,
-        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
 
 
 class Sweep:
@@ -258,7 +237,7 @@ def main() -> None:
         sweep.harness(Schedule.parse(chosen.alone), sweep.requests)
         return
     report: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine(sweep.loaded.device),
         "setting": vars(sweep.loaded.setting),
         "options": {k: str(v) for k, v in vars(chosen).items()},
     }

@@ -32,18 +32,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 SOURCES = Path(impasto.__file__).resolve().parents[1]
 LOADING = "--attn-implementation --device --device-map --dtype --revision --trust-remote-code"
+SPLIT = f"{LOADING} --tp-plan"
 
 SURFACE = {
     "": "--debug --version",
     "study": "",
     "study painters": f"[MODEL] --batch-size --dry-run --include-path --limit --methods --output --protocol --ray --seeds "
-    f"--tasks --workers -o {LOADING}",
+    f"--tasks --workers -o {SPLIT}",
     "study laser": f"[MODEL] --batch-size --compose --dry-run --frequencies --include-path --layers --limit --masking "
     f"--output --protocol --ray --rhos --screen --seed --select --tasks --text --types --workers -o {LOADING}",
     "show": f"MODEL --schedule -s {LOADING}",
-    "run": f"MODEL PROMPT --chat --edit --kv --max-new-tokens --schedule -e -s {LOADING}",
+    "run": f"MODEL PROMPT --chat --edit --kv --max-new-tokens --schedule -e -s {SPLIT}",
     "eval": f"MODEL --apply-chat-template --batch-size --dry-run --edit --include-path --kv --limit --masking "
-    f"--num-fewshot --output --ray --schedule --seed --tasks --workers -e -o -s {LOADING}",
+    f"--num-fewshot --output --ray --schedule --seed --tasks --workers -e -o -s {SPLIT}",
     "bench": f"MODEL --accuracy --batch-sizes --compile --contexts --edit --input-len --mode --new-tokens --num-iters "
     f"--output --output-len --peers --rounds --schedule -e -o -s {LOADING}",
     "corpus": "",
@@ -223,6 +224,51 @@ def test_errors_are_one_clear_line(line: str, code: int, text: str, say: Spoken)
     assert "Traceback" not in errors
 
 
+SEVERAL = "splits every layer over several processes, and this is one: start them with `torchrun --nproc-per-node N -m impasto ...`"
+
+
+@pytest.mark.parametrize(
+    ("line", "processes", "text"),
+    [
+        ("run none hello -s 0", 1, f"--tp-plan {SEVERAL}"),
+        ("eval none --tasks impasto_tiny_choice", 1, f"--tp-plan {SEVERAL}"),
+        (
+            "study painters none --device-map auto",
+            2,
+            "give --device-map or --tp-plan, not both: the one spreads whole layers, the other splits each",
+        ),
+        (
+            "eval none --tasks impasto_tiny_choice --ray local",
+            2,
+            "--ray gives each worker one device, and --tp-plan several: leave one of them away",
+        ),
+    ],
+)
+def test_what_does_not_go_with_several_processes_is_refused_at_once(
+    line: str, processes: int, text: str, tmp_path: Path, say: Spoken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert say(*line.split(), "--tp-plan", "auto") == (2, "", f"error: {text}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_processes_of_torchrun_say_nothing_but_what_went_wrong(
+    model: str, say: Spoken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("impasto.cli.loading.Loading.load", lambda *_: pytest.fail("loaded"))
+    line = ["eval", model, "--tasks", "impasto_none"]
+    for rank, who in (("0", ""), ("1", "process 1: ")):
+        monkeypatch.setenv("RANK", rank)
+        code, text, errors = say(*line, "--tp_plan=auto")
+        assert (code, text) == (2, "")
+        assert errors.splitlines()[-1].startswith(f"error: {who}no task") and (len(errors.splitlines()) > 1) == (
+            not who
+        )
+        assert say("run", "demo", "--tp-plan", "auto", "--help")[1] == ("" if who else say("run", "demo", "--help")[1])
+    assert say(*line)[2].splitlines()[-1].startswith("error: no task")  # not asked for: whatever the environment says
+
+
 def test_an_unknown_task_is_refused_before_the_model_is_looked_for(
     monkeypatch: pytest.MonkeyPatch, say: Spoken
 ) -> None:
@@ -326,6 +372,20 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, say: Spoken) 
     )
     code, _, errors = say("show", "x")
     assert (code, errors) == (130, "stopped\n")
+
+
+def test_ctrl_c_under_torchrun_says_how_to_go_on_there(monkeypatch: pytest.MonkeyPatch, say: Spoken) -> None:
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("impasto.cli.loading.Loading.load", stop)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = ["eval", "demo", "--tasks", "impasto_tiny_choice", "--tp-plan", "auto"]
+    code, _, errors = say(*line)
+    assert code == 130
+    assert errors.splitlines()[-1].endswith(f"To continue: torchrun --nproc-per-node 2 -m impasto {' '.join(line)}")
+    monkeypatch.setenv("RANK", "1")
+    assert say(*line) == (130, "", "")
 
 
 def test_ctrl_c_while_scoring_keeps_the_run_and_notes_it(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.cache_utils import DynamicCache
 
 import families
 from impasto.errors import NotationError, UnsupportedModel, UsageError
 from impasto.fast import fast
+from impasto.graphs import Eager, Work
 from impasto.runtime import scheduled
 from impasto.surgery import edited
 
@@ -226,6 +229,27 @@ def test_steps_by_hand_are_those_of_generate() -> None:
     assert tokens == list(made)
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(3, []), (2, []), (2, [16])])
+def test_prompts_in_a_tensor_are_those_in_lists_and_are_never_built_on_the_host(
+    rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = families.shared("llama"), torch.tensor(prompts(*[11] * rows), dtype=torch.int32)
+    with fast(model, batch=3, context=24, prompt_sizes=sizes) as decoder:
+        expected = [decoder.prefill(given.tolist()).tolist(), decoder.step().tolist()]
+        decoder.prefill(prompts(4, 9))  # leaves padding behind
+        monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("built on the host"))
+        assert [decoder.prefill(given).tolist(), decoder.step().tolist()] == expected
+
+
+def test_tensors_that_are_no_prompts() -> None:
+    with fast(families.shared("llama"), batch=2, context=16) as decoder:
+        for shape in ((3, 5), (0, 5), (2, 0), (5,), (1, 2, 5)):
+            with pytest.raises(UsageError, match="reads 1 to 2 prompts at a time, each of at least one token"):
+                decoder.prefill(torch.ones(shape, dtype=torch.long))
+        with pytest.raises(UsageError, match="a prompt of 17 tokens is longer than the context of 16"):
+            decoder.prefill(torch.ones(2, 17, dtype=torch.long))
+
+
 def test_the_model_is_as_before() -> None:
     model = families.build("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -235,6 +259,52 @@ def test_the_model_is_as_before() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert classes == [type(layer) for layer in model.model.layers]
     assert not any("_impasto_tap" in layer.__dict__ for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("edits", [[], ["1:5.mlp.*@r4"]])
+def test_memory_that_recordings_read_is_theirs_while_others_move_the_models_weights(edits: list[str]) -> None:
+    """A replay reads addresses. Stacks give a model's weights others, twice, and what was there before is freed."""
+    model, (prompt,) = families.build("llama"), prompts(9)
+    read: list[StorageWeakRef] = []
+
+    class Recorder(Eager):
+        def record(self, work: Work, undo: Work) -> Work:
+            thin = [held for m in model.modules() if "forward" in vars(m) for held in cells(vars(m)["forward"])]
+            read.extend(StorageWeakRef(t.untyped_storage()) for t in (*model.parameters(), *model.buffers(), *thin))
+            return work
+
+    def cells(function: Any) -> list[Any]:
+        return [c.cell_contents for c in function.__closure__ or () if isinstance(c.cell_contents, torch.Tensor)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("impasto.fast.Eager", Recorder)
+        with fast(model, "0:6", edits, context=24, prompt_sizes=[16]) as decoder:
+            decoder.generate([prompt], 4, ends=())
+    before = {p.data_ptr() for p in model.parameters()}
+    with fast(model, STACKED, context=24, compile="traced") as other:
+        assert any(p.data_ptr() not in before for p in model.parameters())
+        other.generate([prompt], 4, ends=())
+    del other
+    gc.collect()
+    assert len(decoder._prompts) == len(decoder._steps) == 1 and len(read) > 2 * len(before)
+    assert not any(storage.expired() for storage in read)
+    del decoder
+    gc.collect()
+    assert any(storage.expired() for storage in read)  # and nobody else holds it
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recording_replays_the_same_after_others_have_moved_the_models_weights() -> None:
+    model, (prompt,) = families.build("llama").cuda(), prompts(9)
+    with fast(model, "0:6", context=24, prompt_sizes=[16]) as decoder:
+        expected = decoder.generate([prompt], 8, ends=())
+    with fast(model, STACKED, context=24, compile="traced"):
+        pass
+    gc.collect()
+    taken = [torch.full_like(p, torch.nan) for p in model.parameters() for _ in range(4)]  # whatever was freed
+    assert decoder.generate([prompt], 8, ends=()) == expected
+    assert taken
 
 
 def test_the_report_tells_what_it_took() -> None:

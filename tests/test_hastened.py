@@ -91,6 +91,13 @@ def test_the_mean_cache_has_no_decoder(model: Any) -> None:
     assert always.asked == []
 
 
+def test_a_model_that_is_split_over_processes_is_not_recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_module, "input_device", lambda model: torch.device("cuda"))
+    assert pays(model, SCHEDULE, 10_000)
+    monkeypatch.setattr(next(model.parameters()), "device_mesh", "two processes", raising=False)
+    assert not pays(model, SCHEDULE, 10_000)
+
+
 def test_long_work_on_a_gpu_pays_and_short_work_does_not(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not pays(model, SCHEDULE, 10**9) and hastened(model, SCHEDULE, Size(1, 10, 10**9)) is None
     monkeypatch.setattr(fast_module, "input_device", lambda model: torch.device("cuda"))

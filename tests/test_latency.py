@@ -666,6 +666,9 @@ def test_the_machine_has_no_name() -> None:
     import getpass
     import platform
 
-    text = json.dumps(machine(torch.device("cpu")))
+    told = machine(torch.device("cpu"))
+    assert set(told) == {"gpu", "processor", "cores", "threads", "python", "versions", "begun"}
+    assert set(told["versions"]) >= {"impasto", "torch", "transformers", "numpy"}
+    text = json.dumps(told)
     assert platform.node() not in text or not platform.node()
     assert getpass.getuser() not in text.replace("processor", "")

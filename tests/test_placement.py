@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 import impasto.models as models
 from families import DEPTH, build
 from impasto.anatomy import anatomy, input_device
+from impasto.cli import main
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.generation import generate
 from impasto.recipe import Recipe
@@ -25,6 +27,7 @@ from impasto.result import Request
 from impasto.runtime import scheduled
 from impasto.scoring import Scorer
 from impasto.similarity import padded, similarity
+from impasto.store import Store
 from impasto.surgery import edited
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
@@ -288,6 +291,102 @@ def test_split_over_two_processes_the_model_gives_the_same_numbers(tmp_path: Pat
             "mlp.down_proj of layer 1 is split over several processes (tensor parallel): load the model on one device, "
             "or with device_map, to edit it"
         )
+
+
+def torchrun(*arguments: str) -> tuple[str, str]:
+    """What a command prints and tells when torchrun starts it in two processes."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "impasto",
+            *arguments,
+        ],
+        env={**environment, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, done.stderr
+
+
+def answers(folder: Path) -> dict[tuple[str, ...], Any]:
+    """Everything that was measured in a run folder, by what was asked."""
+    with Store(folder, readonly=True) as store:
+        [setting] = store.settings()
+        return {
+            (setting.fingerprint, r.recipe, r.task, r.protocol): [*r.metrics.values(), *r.scores[r.info["metric"]]]
+            for r in store.results(setting)
+        }
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where commands are run that leave nothing else behind; holds a model."""
+    tiny_folder(tmp_path / "model")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, value in (("TMPDIR", "tmp"), ("IMPASTO_CACHE", "cache")):
+        monkeypatch.setenv(name, str(tmp_path / value))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "here"
+
+
+split_command = pytest.mark.skipif(
+    torch.cuda.is_available() or not torch.distributed.is_available(),
+    reason="splits a model over two processes on a CPU",
+)
+
+
+@split_command
+def test_two_processes_answer_go_on_and_speak_as_one(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["eval", "../model", "-s", "0 {1 2}x2 3", "--tasks", "impasto_tiny_choice,impasto_tiny_rolling", "-o"]
+    assert main([*line, "half", "--device", "cpu", "--limit", "9"]) == 0  # what only a copy of the store knows
+    shutil.copytree("half", "two")
+    assert main([*line, "one", "-s", "2 0", "--device", "cpu"]) == 0
+    expected = capsys.readouterr().out.rpartition("schedule A")[2]
+    text, told = torchrun(*line, "two", "-s", "2 0", "--tp-plan", "auto")
+    assert text == f"schedule A{expected}".replace("one/", "two/")
+    assert told.count("scoring: 100%") == told.count("loading ../model") == 1 and "rror" not in told
+    got, wanted = answers(alone / "two"), answers(alone / "one")
+    assert got.keys() >= wanted.keys() and len(wanted) == 6
+    for key, values in wanted.items():
+        np.testing.assert_allclose(got[key], values, rtol=1e-5, atol=1e-3)
+    with Store(alone / "two", readonly=True) as store:
+        assert [run.outcome for run in store.runs()] == ["finished", "finished"]
+    assert {path.name for path in alone.iterdir()} == {"half", "one", "two"}
+    assert list((alone.parent / "tmp").glob("**/*.sqlite*")) == []
+
+
+@pytest.mark.slow
+@split_command
+def test_two_processes_write_one_text(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["run", "../model", "Once upon", "-s", "0 {1 2} 3", "--max-new-tokens", "8"]
+    assert main([*line, "--device", "cpu"]) == 0
+    expected = capsys.readouterr().out.partition("prefill")[0]
+    text, _ = torchrun(*line, "--tp-plan", "auto")
+    assert text.partition("prefill")[0].rstrip() == expected.rstrip() and text.count("prefill") == 1
+    assert list(alone.iterdir()) == []
+
+
+@pytest.mark.slow
+@split_command
+def test_two_processes_make_one_study(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["study", "painters", "../model", "--tasks", "impasto_tiny_choice", "--limit", "8", "--seeds", "1"]
+    line += ["--methods", "skip,parallel,random_order", "-o"]
+    assert main([*line, "one", "--device", "cpu"]) == 0
+    expected = capsys.readouterr().out
+    assert torchrun(*line, "two", "--tp-plan", "auto")[0] == expected.replace("one/", "two/")
+    assert {path.name for path in (alone / "two").iterdir()} == {"results.sqlite", "report.html", "figures"}
+    assert {path.name for path in alone.iterdir()} == {"one", "two"}
 
 
 # ------------------------------------------------------------------------------------------- several GPUs

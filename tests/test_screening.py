@@ -323,3 +323,26 @@ def test_what_cannot_be_screened_is_said(tmp_path: Path) -> None:
         broken.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf
     with pytest.raises(ImpastoError, match="the gradient of mlp.up_proj of layer 3 is not finite"):
         attempt("3.mlp.up_proj@0.5", of=loaded(broken))
+
+
+@pytest.mark.parametrize("rule", ["r0", "r0w", "r33", "r999", "r33w"])
+def test_ranks_that_cannot_be_are_refused_as_by_the_edit_itself(rule: str, tmp_path: Path) -> None:
+    model, text = tiny_model(), f"1:3.mlp.up_proj@{rule}"  # 64 x 32
+    calibration = calibrate(model, ["1:3.mlp.up_proj@1w"], [{"input_ids": torch.arange(3, 60)[None]}])
+    said = []
+    for attempt in (
+        lambda: edited(model, [text], calibration=calibration).__enter__(),
+        lambda: screen(loaded(model), REQUESTS, [text], calibration=calibration, folder=tmp_path),
+    ):
+        with pytest.raises(ImpastoError) as problem:
+            attempt()
+        said.append((type(problem.value), str(problem.value)))
+    assert said[0] == said[1]
+    assert "rank 0 is spelled @0" in said[0][1] or "; @1 keeps all of them" in said[0][1]
+
+
+def test_a_rank_that_only_some_matrices_have_is_all_that_the_others_have(tmp_path: Path) -> None:
+    model, text = build("llama", torch.float64, vocab_size=259, num_key_value_heads=2), "2.self_attn.*@r50"
+    (found,) = screen(loaded(model), REQUESTS, [text], folder=tmp_path)
+    with edited(model, [text]) as report:
+        assert found.rank == sum(one.rank or 0 for one in report.touched) == 50 + 32 + 32 + 50

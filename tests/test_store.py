@@ -25,7 +25,7 @@ from impasto.errors import StoreError
 from impasto.recipe import Recipe
 from impasto.records import from_json, to_json
 from impasto.result import Request, Response, Result, Setting, digest
-from impasto.store import FILENAME, Store
+from impasto.store import FILENAME, Store, duplicate
 
 SETTING = Setting("some/model", "w0", "float32", "cpu")
 RECIPES = [Recipe.of("some/model", text, layers=6) for text in ("0:6", "0:2 3:6", "0:2 {2:5} 5", "5 4 3")]
@@ -472,6 +472,30 @@ def test_a_damaged_database(tmp_path: Path) -> None:
     path.write_bytes(pages)
     with pytest.raises(StoreError, match="is damaged or not a result file"), Store(tmp_path) as store:
         store.known(SETTING, RECIPES, [Request("rolling", "", str(i)) for i in range(2000)])
+
+
+def test_a_copy_holds_whole_transactions_of_a_store_that_is_in_use(tmp_path: Path) -> None:
+    for name in ("one", "two", "none", "new"):
+        (tmp_path / name).mkdir()
+    with Store(tmp_path / "one") as store:
+        store.put_batch(SETTING, RECIPES, REQUESTS, loglikelihood=-1.0)  # still in the write-ahead log
+        with store._db.writing() as db:
+            db.execute("DELETE FROM responses")
+            duplicate(tmp_path / "one", tmp_path / "two")
+            db.execute("ROLLBACK")
+            db.execute("BEGIN")
+        with Store(tmp_path / "two") as copy:
+            assert copy.known(SETTING, RECIPES, REQUESTS).all()
+            copy.put_batch(SETTING, RECIPES[:1], [Request("rolling", "", "more")], loglikelihood=-2.0)
+        assert store.known(SETTING, RECIPES[:1], [Request("rolling", "", "more")]).sum() == 0
+    duplicate(tmp_path / "none", tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "none" / FILENAME).touch()  # another process is about to make it
+    duplicate(tmp_path / "none", tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "none" / FILENAME).write_text("no database" * 100)
+    with pytest.raises(StoreError, match="^cannot copy .*none.results.sqlite to .*new.results.sqlite: file is not a"):
+        duplicate(tmp_path / "none", tmp_path / "new")
 
 
 def test_a_reader_does_not_write(tmp_path: Path) -> None:

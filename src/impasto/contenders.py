@@ -252,11 +252,10 @@ class Fast(_Own):
         super().__init__(loaded, recipe, outfit, watch)
         self.compile = compile
         self.decoder: Decoder | None = None
-        self._held: list[Tensor] = []  # what recordings read: others may move the model's weights meanwhile
 
     def ready(self, job: Job) -> Ready:
         """Compile, record, and run the case once."""
-        self.job, self.prompts = job, job.ids.tolist()
+        self.job = job
         notes = self.outfit.notes
         with peak_memory(self.loaded.device) as peak:
             try:
@@ -281,11 +280,11 @@ class Fast(_Own):
                 self.model, self.recipe.schedule, batch=case.batch, context=context, buckets=[context], compile=compile
             ) as decoder,
         ):
-            decoder.prefill(self.prompts)
+            decoder.prefill(self.job.ids)
             for _ in range(min(case.new_tokens - 1, 3)):
                 decoder.step()
             self.watch.wait()
-            self.decoder, self._held = decoder, [parameter.data for parameter in self.model.parameters()]
+            self.decoder = decoder
             return decoder.report
 
     def run(self, prefills: int, steps: int) -> tuple[list[float], list[float]]:
@@ -297,7 +296,7 @@ class Fast(_Own):
             for _ in range(prefills):
                 watch.wait()
                 before = watch.mark()
-                decoder.prefill(self.prompts)
+                decoder.prefill(self.job.ids)
                 ttft += watch.between([before, watch.mark()])
             marks = [watch.mark()]
             for _ in range(steps):
@@ -307,7 +306,7 @@ class Fast(_Own):
 
     def close(self) -> None:
         """Forget recordings and slots."""
-        self.decoder, self._held = None, []
+        self.decoder = None
 
 
 def demand(model: Any, body: Anatomy, recipe: Recipe, touched: Sequence[Touched], case: Case, keys: float) -> Demand:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -214,6 +215,21 @@ class Database:
                 )
             case _:
                 return f"cannot use {self.path}: {error}"
+
+
+def copied(source: Path, target: Path) -> None:
+    """Copy a file of results as it stands, which others may use meanwhile; of an empty one nothing.
+
+    Raises:
+        StoreError: it cannot be read, or the copy not be written.
+    """
+    try:
+        with contextlib.closing(_connect(f"{source.absolute().as_uri()}?mode=ro")) as old:
+            if old.execute("PRAGMA schema_version").fetchone()[0]:
+                with contextlib.closing(_connect(f"{target.absolute().as_uri()}?mode=rwc")) as new:
+                    old.backup(new)
+    except sqlite3.Error as error:
+        raise StoreError(f"cannot copy {source} to {target}: {error}") from error
 
 
 def _connect(uri: str) -> sqlite3.Connection:

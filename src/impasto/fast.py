@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from impasto.anatomy import Anatomy, anatomy, input_device, probe_inputs, quietly, text_config
+from impasto.anatomy import Anatomy, anatomy, input_device, probe_inputs, quietly, split, text_config
 from impasto.edit import Edit
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.generation import Size
@@ -167,8 +167,9 @@ def pays(model: nn.Module, schedule: Schedule | str, steps: int) -> bool:
 
     Small layers keep a GPU waiting for the host, which recording ends; large ones gain less than is assumed here, but
     with them a step takes so long that recording is short beside it. Answers may end early, so half of the steps count.
+    A model whose layers are split over processes is not recorded.
     """
-    if input_device(model).type != "cuda":
+    if input_device(model).type != "cuda" or any(map(split, model.parameters())):
         return False
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, layers=anatomy(model).depth)
@@ -242,6 +243,7 @@ class Decoder:
         self._steps: dict[int, Work] = {}
         self._prompts: dict[int, tuple[Tensor, Work]] = {}
         self._pieces: dict[int, Pieces] = {}
+        self._read: list[object] = []  # what recordings read
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Iterable[int] | None = None
@@ -283,11 +285,23 @@ class Decoder:
             made = [_until(row, stops) for row in self.new_tokens()[: len(rows)]]
         return [tokens for tokens, _ in made]
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts into empty slots and choose their first new tokens, (batch,); at most `batch` prompts."""
-        if not prompts or len(prompts) > self.batch or not all(prompts):
+    def prefill(self, prompts: Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Read the prompts into empty slots and choose their first new tokens, (batch,).
+
+        Args:
+            prompts: at most `batch` rows of token ids. As a tensor (rows, tokens) they are of one length, and nothing
+                is copied from the host where it lies on the model's device.
+
+        Raises:
+            UsageError: no prompts or too many, an empty one, or one that the context does not hold.
+        """
+        if isinstance(prompts, Tensor):
+            right = prompts.dim() == 2 and 0 < len(prompts) <= self.batch and prompts.shape[1] > 0
+        else:
+            right = 0 < len(prompts) <= self.batch and all(prompts)
+        if not right:
             raise UsageError(f"this decoder reads 1 to {self.batch} prompts at a time, each of at least one token")
-        longest = max(map(len, prompts))
+        longest = prompts.shape[1] if isinstance(prompts, Tensor) else max(map(len, prompts))
         if longest > self.context:
             raise UsageError(f"a prompt of {longest} tokens is longer than the context of {self.context}")
         width = next((size for size in self.prompt_sizes if size >= longest), None)
@@ -300,17 +314,24 @@ class Decoder:
             work()
         return self.program.ids[:, 0]
 
-    def _placed(self, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
+    def _placed(self, prompts: Sequence[Sequence[int]] | Tensor, width: int) -> Tensor:
         """The prompts as rows of ids, padded on both sides; tells the program where they begin and end."""
-        longest = max(map(len, prompts))
-        rows = [*prompts, *[prompts[0]] * (self.batch - len(prompts))]
-        pads = [longest - len(row) for row in rows]
-        self.program.pads.copy_(torch.tensor(pads))
+        if isinstance(prompts, Tensor):
+            longest = prompts.shape[1]
+            self.program.pads.zero_()
+            rows = torch.cat([prompts, prompts[:1].expand(self.batch - len(prompts), -1)]).long()
+            ids = nn.functional.pad(rows, (0, width - longest))
+        else:
+            longest = max(map(len, prompts))
+            filled = [*prompts, *[prompts[0]] * (self.batch - len(prompts))]
+            pads = [longest - len(row) for row in filled]
+            self.program.pads.copy_(torch.tensor(pads))
+            ids = torch.tensor(
+                [[0] * pad + list(row) + [0] * (width - longest) for pad, row in zip(pads, filled, strict=True)]
+            )
         self.program.last.fill_(longest - 1)
         self.begun = self.filled = longest
-        return torch.tensor(
-            [[0] * pad + list(row) + [0] * (width - longest) for pad, row in zip(pads, rows, strict=True)]
-        )
+        return ids
 
     def step(self) -> Tensor:
         """One token more in every row, (batch,). The tensor is the decoder's own and changes with the next step."""
@@ -476,15 +497,27 @@ class Decoder:
             for state, value in saved:
                 state.copy_(value)
 
-        with self._timed("record"):
-            return self.backend.record(lambda: self._live_step(visible), undo)
+        return self._recorded(lambda: self._live_step(visible), undo)
 
     def _recorded_prompt(self, width: int) -> tuple[Tensor, Work]:
         if width not in self._prompts:
             ids = torch.zeros(self.batch, width, dtype=torch.long, device=self.program.device)
-            with self._timed("record"):
-                self._prompts[width] = ids, self.backend.record(lambda: self.program.prompt(ids), lambda: None)
+            self._prompts[width] = ids, self._recorded(lambda: self.program.prompt(ids), lambda: None)
         return self._prompts[width]
+
+    def _recorded(self, work: Work, undo: Work) -> Work:
+        """Record some work, and hold what it reads: weights, buffers, and thin products in the place of weights.
+
+        A replay reads addresses, not the model. Others may give the model's weights new memory later (`Stacks` does),
+        or take edits off; what was there then must not be freed, as long as this decoder can be replayed.
+        """
+        with self._timed("record"):
+            recorded = self.backend.record(work, undo)
+        model = self.program.model
+        self._read += [p.data for p in model.parameters()]
+        self._read += model.buffers()
+        self._read += [vars(m)["forward"] for m in model.modules() if "forward" in vars(m)]
+        return recorded
 
 
 def _until(row: Sequence[int], stops: frozenset[int]) -> tuple[tuple[int, ...], bool]:

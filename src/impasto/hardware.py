@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 Fact = str | float | int | None
-_PACKAGES = ("impasto", "torch", "transformers", "triton", "vllm", "numpy")
+_PACKAGES = ("impasto", "torch", "transformers", "accelerate", "triton", "vllm", "lm_eval", "numpy")
 _FIELDS = {  # what the driver is asked, and what it is called here
     "clocks.sm": "sm_mhz",
     "clocks.mem": "memory_mhz",
@@ -224,7 +224,7 @@ def limits(device: torch.device, dtype: torch.dtype, watch: Watch) -> dict[str, 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What this runs on, and with which packages; nothing in it names a person, a host or a place."""
-    versions = {}
+    versions = {"impasto": "source tree"}  # unless it is installed
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

@@ -7,7 +7,7 @@ the parts of it that make queries, keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -122,6 +122,26 @@ def shape(model: nn.Module, body: Anatomy, site: Site) -> tuple[int, int]:
         return rows, columns
     count = len(fused.outputs[site.part])
     return (count, columns) if fused.axis == 0 else (rows, count)
+
+
+def check_rank(model: nn.Module, body: Anatomy, edit: Edit, sites: Sequence[Site]) -> None:
+    """Make sure that an edit's rank is not above the full rank of every matrix that it names.
+
+    Where only some are smaller, as of all matrices of a layer, these keep all that they have.
+
+    Raises:
+        UsageError: it is.
+    """
+    if edit.rule.kind not in ("rank", "whitened_rank") or edit.rule.value is None:
+        return
+    shapes = {site: shape(model, body, site) for site in sites}
+    largest = max(sites, key=lambda site: min(shapes[site]))
+    if edit.rule.value > min(shapes[largest]):
+        rows, columns = shapes[largest]
+        raise UsageError(
+            f"{edit} asks for {edit.rule.value} components, but {largest} ({rows} x {columns}) has "
+            f"{min(rows, columns)}; @1 keeps all of them"
+        )
 
 
 def place(parameter: Tensor) -> Hashable:

@@ -44,7 +44,7 @@ from impasto.forest import Node, lay_out
 from impasto.head import Head
 from impasto.levels import call_layer, prepare
 from impasto.masked import MaskedScorer, packed, padded
-from impasto.matrices import Site, check, holders, matched, parts, place
+from impasto.matrices import Site, check, check_rank, holders, matched, parts, place
 from impasto.models import LoadedModel
 from impasto.reduction import Solver, reduced
 from impasto.reduction import check as check_rule
@@ -114,7 +114,8 @@ def screen(
 
     Raises:
         NotationError: an edit cannot be read, or names a layer that does not exist.
-        UsageError: no requests, some that are answered with text, an edit that matches no matrix, or no calibration.
+        UsageError: no requests, some that are answered with text, an edit that matches no matrix or asks for more
+            components than there are, or no calibration.
         UnsupportedModel: a matrix is packed or not in memory, or the model predicts no tokens.
         OutOfMemory: a single sequence does not fit.
         ImpastoError: a gradient is not finite.
@@ -191,7 +192,9 @@ class _Grid:
         names, numbers = holders(model), dict[Hashable, int]()
         for i, edit in enumerate(edits):
             check_rule(edit.rule, self.solver, calibration is not None)
-            for site in matched(model, body, edit):
+            sites = matched(model, body, edit)
+            check_rank(model, body, edit, sites)
+            for site in sites:
                 parameter = body.layers[site.layer].get_parameter(site.parameter)
                 check(parameter, site)
                 key = place(parameter)

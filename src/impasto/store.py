@@ -34,7 +34,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from impasto.database import Database
+from impasto.database import Database, copied
 from impasto.errors import StoreError
 from impasto.exports import Measured, Table, write_csv, write_lm_eval, write_parquet
 from impasto.recipe import Recipe
@@ -484,6 +484,16 @@ _INSERT_RESPONSE = (
     " (setting, recipe, request, loglikelihood, is_greedy, tokens, truncated, text, rank)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+
+
+def duplicate(folder: str | Path, target: str | Path) -> None:
+    """Copy what a run folder holds now to another folder, which is there and empty; nothing where it holds nothing.
+
+    Raises:
+        StoreError: it cannot be read, or the copy not be written.
+    """
+    if (source := Path(folder) / FILENAME).exists():
+        copied(source, Path(target) / FILENAME)
 
 
 def _now() -> str:

@@ -20,7 +20,7 @@ from impasto.calibration import Calibration
 from impasto.edit import Edit, Rule, in_order
 from impasto.errors import UsageError
 from impasto.linear import by_weight, product, thin
-from impasto.matrices import Site, check, holders, matched, parts, place, shape
+from impasto.matrices import Site, check, check_rank, holders, matched, parts, place
 from impasto.reduction import Inputs, Kept, Method, Solver, reduced
 from impasto.reduction import check as check_rule
 
@@ -164,7 +164,7 @@ def _plan(model: nn.Module, body: Anatomy, edits: tuple[Edit, ...]) -> dict[Hash
     seen: dict[Hashable, Site] = {}
     for edit in edits:
         sites = matched(model, body, edit)
-        _check_rank(model, body, edit, sites)
+        check_rank(model, body, edit, sites)
         for site in sites:
             block = body.layers[site.layer]
             parameter = block.get_parameter(site.parameter)
@@ -176,20 +176,6 @@ def _plan(model: nn.Module, body: Anatomy, edits: tuple[Edit, ...]) -> dict[Hash
             if edit not in steps:
                 steps.append(edit)
     return plan
-
-
-def _check_rank(model: nn.Module, body: Anatomy, edit: Edit, sites: tuple[Site, ...]) -> None:
-    """Refuse a rank that is above the full rank of every matrix that is meant."""
-    if edit.rule.kind not in ("rank", "whitened_rank") or edit.rule.value is None:
-        return
-    shapes = {site: shape(model, body, site) for site in sites}
-    largest = max(sites, key=lambda site: min(shapes[site]))
-    if edit.rule.value > min(shapes[largest]):
-        rows, columns = shapes[largest]
-        raise UsageError(
-            f"{edit} asks for {edit.rule.value} components, but {largest} ({rows} x {columns}) has "
-            f"{min(rows, columns)}; @1 keeps all of them"
-        )
 
 
 def _outcomes(

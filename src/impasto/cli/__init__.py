@@ -6,6 +6,7 @@ one line on standard error and an exit code: 2 for what was asked, 1 for what fa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -17,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from impasto import __version__, console
+from impasto.cli import ranks
 from impasto.cli.bench import bench
 from impasto.cli.corpus import corpus
 from impasto.cli.evaluate import evaluate
@@ -87,8 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     tidy, debug = understood(given)
     console.forgive()
+    number = ranks.number(tidy)
     try:
-        code = app(args=tidy, prog_name="impasto", standalone_mode=False)
+        with ranks.hushed() if number else contextlib.nullcontext():
+            code = app(args=tidy, prog_name="impasto", standalone_mode=False)
+        if ranks.asked(tidy):
+            ranks.leave()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:  # the reader has seen enough
@@ -98,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exception(problem)
         text, code = explained(problem)
-        console.fail(text)
-    if code == INTERRUPTED:
+        console.fail(f"process {number}: {text}" if number else text)  # it may have failed in this process alone
+    if code == INTERRUPTED and not number:
         console.messages().print(console.plain(_farewell(given)), soft_wrap=True)
     return code if isinstance(code, int) else 0
 
@@ -142,4 +148,7 @@ def _farewell(arguments: Sequence[str]) -> str:
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     if command not in _CONTINUES:
         return "stopped"
-    return f"stopped; everything measured is kept. To continue: {shlex.join(['impasto', *arguments])}"
+    line = shlex.join(["impasto", *arguments])
+    if ranks.asked(understood(arguments)[0]):
+        line = f"torchrun --nproc-per-node {ranks.together()} -m {line}"
+    return f"stopped; everything measured is kept. To continue: {line}"

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from impasto import console
 from impasto.cli import options
-from impasto.cli.loading import Loading, check_texts, looking, recipes, recorded, require_tokenizer, run_folder
+from impasto.cli.loading import Loading, check_texts, recipes, recorded, require_tokenizer, run_folder
 from impasto.console import Column, Phases
 from impasto.errors import UsageError
 
@@ -62,6 +62,7 @@ def evaluate(
     trust_remote_code: options.TrustRemoteCode = False,
     attn_implementation: options.AttnImplementation = None,
     device_map: options.DeviceMap = None,
+    tp_plan: options.TensorParallel = None,
     ray: options.Ray = None,
     workers: options.Workers = None,
 ) -> None:
@@ -80,12 +81,26 @@ def evaluate(
         raise UsageError("no tasks: name some with --tasks lambada_openai,hellaswag (`impasto tasks` lists them)")
     tokens = options.batch_tokens(batch_size)
     check_texts(schedule, edit)
-    where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
+    where = options.cluster(
+        ray,
+        workers,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        tp_plan=tp_plan,
+    )
     folder = run_folder(output, model, "eval")
-    way = masking and masking.value
-    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, way)
+    loading = Loading(
+        device,
+        dtype,
+        revision,
+        trust_remote_code,
+        attn_implementation,
+        device_map,
+        tp_plan,
+        masking and masking.value,
+    )
     from impasto import tasks as benchmarks
-    from impasto.store import Store
 
     def asked(progress: Phases, tokenizer: Any = None) -> list[TaskSet]:
         progress.bytes("reading the tasks", 0, 0)
@@ -101,7 +116,7 @@ def evaluate(
             notice=progress.note,
         )
 
-    with looking(folder) if dry_run else Store(folder) as store:
+    with loading.store(folder, dry_run=dry_run) as store:
         with console.phases() as progress:
             # Tasks first, since a wrong name costs seconds and a model minutes; a chat template needs the model.
             questions = [] if apply_chat_template else asked(progress)
@@ -121,7 +136,7 @@ def evaluate(
             out.print()
             out.print(task_title(task))
             out.print(comparison(chosen, [by_name[r.fingerprint, task.name] for r in chosen]))
-        paths = [_export(store, folder, loaded, recipe, kv) for recipe in chosen]
+        paths = [_export(store, loaded, recipe, kv) for recipe in chosen]
     out.print()
     out.print(console.plain(f"results: {store.path}"), soft_wrap=True)
     out.print(console.plain(f"lm-eval: {paths[0].parent}, {len(paths)} files"), soft_wrap=True)
@@ -159,10 +174,10 @@ def _measured(
     )
 
 
-def _export(store: Store, folder: Path, loaded: LoadedModel, recipe: Recipe, kv: options.KV) -> Path:
+def _export(store: Store, loaded: LoadedModel, recipe: Recipe, kv: options.KV) -> Path:
     from impasto.evaluate import setting_of
 
-    return store.export_lm_eval(folder / "lm-eval", setting_of(loaded, kv.value), recipe.fingerprint)
+    return store.export_lm_eval(store.folder / "lm-eval", setting_of(loaded, kv.value), recipe.fingerprint)
 
 
 # What is printed -------------------------------------------------------------------------------------------------

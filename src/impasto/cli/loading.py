@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from impasto.cli import ranks
 from impasto.console import Phases
 from impasto.errors import NotationError, UsageError
 
@@ -34,7 +35,42 @@ class Loading:
     trust_remote_code: bool = False
     attention: str | None = None
     device_map: str | None = None
+    tp_plan: str | None = None
     masking: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tp_plan is None:
+            return
+        if self.device_map is not None:
+            raise UsageError(
+                "give --device-map or --tp-plan, not both: the one spreads whole layers, the other splits each"
+            )
+        if ranks.together() < 2:
+            raise UsageError(
+                "--tp-plan splits every layer over several processes, and this is one: start them with "
+                "`torchrun --nproc-per-node N -m impasto ...`"
+            )
+
+    @contextlib.contextmanager
+    def store(self, folder: Path, *, dry_run: bool = False) -> Iterator[Store]:
+        """The store of a run folder; one that is thrown away in all processes but the first, and in a dry run.
+
+        Processes that split a model must find the same answers in it, or each would go on with another question. So
+        the others take a copy before they load the model: the first one writes nothing until all have come to that.
+        """
+        from impasto.store import Store, duplicate
+
+        if dry_run:
+            with looking(folder) as store:
+                yield store
+        elif self.tp_plan is None or ranks.rank() == 0:
+            with Store(folder) as store:
+                yield store
+        else:
+            with tempfile.TemporaryDirectory() as nowhere:
+                duplicate(folder, nowhere)
+                with Store(nowhere) as store:
+                    yield store
 
     def load(self, model: str, progress: Phases) -> LoadedModel:
         """The model, with its progress and its licence shown."""
@@ -49,6 +85,7 @@ class Loading:
             trust_remote_code=self.trust_remote_code,
             attention=self.attention,
             device_map=self.device_map,
+            tp_plan=self.tp_plan,
             progress=progress.bytes,
             notice=progress.note,
         )

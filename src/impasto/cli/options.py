@@ -29,6 +29,12 @@ class KV(StrEnum):
     mean = "mean"
 
 
+class TPPlan(StrEnum):
+    """How layers are split over processes."""
+
+    auto = "auto"
+
+
 _LOADING = "How the model is loaded"
 _ASKING = "What is asked"
 _SHARING = "Who does the work"
@@ -67,6 +73,14 @@ AttnImplementation = Annotated[
 DeviceMap = Annotated[
     str | None,
     typer.Option(metavar="NAME", rich_help_panel=_LOADING, help="`auto` spreads the model over several devices."),
+]
+TensorParallel = Annotated[
+    TPPlan | None,
+    typer.Option(
+        "--tp-plan",
+        rich_help_panel=_LOADING,
+        help="Split every layer over the processes of a `torchrun -m impasto ...`, as the family's plan says.",
+    ),
 ]
 
 Tasks = Annotated[
@@ -125,7 +139,13 @@ Workers = Annotated[
 
 
 def cluster(
-    address: str | None, workers: int | None, *, revision: str | None, trust_remote_code: bool, device_map: str | None
+    address: str | None,
+    workers: int | None,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    device_map: str | None,
+    tp_plan: str | None = None,
 ) -> Cluster | None:
     """The cluster that `--ray` and `--workers` ask for; None is this process.
 
@@ -139,6 +159,8 @@ def cluster(
         return None
     if device_map is not None:
         raise UsageError("--ray gives each worker one device, and --device-map several: leave one of them away")
+    if tp_plan is not None:
+        raise UsageError("--ray gives each worker one device, and --tp-plan several: leave one of them away")
     from impasto.cluster import Cluster
 
     return Cluster(address, workers, revision, trust_remote_code)

@@ -39,6 +39,7 @@ def run(
     trust_remote_code: options.TrustRemoteCode = False,
     attn_implementation: options.AttnImplementation = None,
     device_map: options.DeviceMap = None,
+    tp_plan: options.TensorParallel = None,
 ) -> None:
     """Write text under a schedule, and the original's beside it, with the speed of both; an encoder fills five masks.
 
@@ -52,7 +53,7 @@ def run(
     if schedule is None and not edit:
         raise UsageError("nothing to compare: give a schedule (-s '0:8 12:18') or an edit (-e '10.mlp.*@0.1')")
     check_texts([] if schedule is None else [schedule], edit)
-    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan)
     with console.phases() as progress:
         loaded = loading.load(model, progress)
         require_tokenizer(loaded)

@@ -13,7 +13,7 @@ import typer
 from impasto import console
 from impasto.cli import options
 from impasto.cli.laser import laser
-from impasto.cli.loading import RUNS, Loading, looking, recorded, require_tokenizer, run_folder
+from impasto.cli.loading import RUNS, Loading, recorded, require_tokenizer, run_folder
 from impasto.cli.pages import Protocol, planned, show, write
 from impasto.errors import FetchError, UsageError
 from impasto.result import digest
@@ -59,6 +59,7 @@ def painters(
     trust_remote_code: options.TrustRemoteCode = False,
     attn_implementation: options.AttnImplementation = None,
     device_map: options.DeviceMap = None,
+    tp_plan: options.TensorParallel = None,
     ray: options.Ray = None,
     workers: options.Workers = None,
 ) -> None:
@@ -74,13 +75,19 @@ def painters(
       impasto study painters ./my-model --protocol paper --ray local
     """
     tokens = options.batch_tokens(batch_size)
-    where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
+    where = options.cluster(
+        ray,
+        workers,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        tp_plan=tp_plan,
+    )
     folder = run_folder(output, model, f"painters-{protocol.value}")
-    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan)
     from impasto import fetch
-    from impasto.store import Store
 
-    with looking(folder) if dry_run else Store(folder) as store, console.phases() as progress:
+    with loading.store(folder, dry_run=dry_run) as store, console.phases() as progress:
         loaded = loading.load(model, progress)
         require_tokenizer(loaded)
         if tasks is None:
@@ -109,7 +116,7 @@ def painters(
         with recorded(store, ["impasto", *sys.argv[1:]], seed=None):
             page = run_painters(loaded, where=where, **asked)
         progress.bytes("drawing the page", 0, 0)
-        path = write(page, folder)
+        path = write(page, store.folder)
     show(page, path)
 
 
