@@ -98,9 +98,10 @@ def test_all_three_are_asked_and_drawn(study):
     for key in ("rare", "discarded", "reads"):
         assert not told[key].effect.startswith("Not measured"), told[key].effect
     drawn = {figure.key: figure for figure in shown.figures}
-    for key in ("frequency", "boosts", "tails", "texts"):
+    for key in ("frequency", "tails", "texts"):
         assert plots.draw(drawn[key]), key
-    assert told["reads"].figure == "texts" and told["rare"].figure == "boosts" and told["discarded"].figure == "tails"
+    assert "boosts" not in drawn  # too few facts in each range
+    assert told["reads"].figure == "texts" and told["rare"].figure is None and told["discarded"].figure == "tails"
 
 
 def test_each_document_has_its_own_fact_s_count(evidence, data):
@@ -230,9 +231,21 @@ def test_facts_that_gain_by_their_frequency(gains):
     often = np.where(often < 500, often % 40, often)  # a hundred facts below 50
     edited = often < 50 if gains == "rare" else edited
     counted = Mentions("phrase", "9 documents", tuple(int(one) for one in often))
-    told = told_of(trial_of(base, edited, mentions=(counted,)))["rare"]
+    trial = trial_of(base, edited, mentions=(counted,))
+    told = told_of(trial)["rare"]
+    drawn = deeper.boosts(Evidence(6, PROTOCOLS["standard"], (), (trial,)))
+    assert plots.draw(drawn)
+    assert {row["label"] for row in drawn.rows} == {"fewer than 50", "50 to 1,000", "more than 1,000"}
     assert told.verdict == {"rare": "yes", "frequent": "no", "both": "unclear"}[gains], told.effect
     assert "fewer than 50" in told.effect and "more than 1,000" in told.effect
+
+
+def test_a_handful_of_frequent_facts_decides_nothing():
+    often = np.where(np.arange(200) < 3, 9, 0)
+    counted = Mentions("phrase", "a small corpus", tuple(int(one) for one in often))
+    told = told_of(trial_of(np.zeros(200), often == 0, mentions=(counted,)))["rare"]
+    assert told.verdict == "unclear" and told.estimate.low is None
+    assert "on 3 facts in more than 2" in told.effect and "a larger corpus would" in told.effect
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 5000)), max_size=60))

@@ -270,17 +270,30 @@ def test_loading_is_silent_and_leaves_logging_alone(tmp_path: Path, capfd: pytes
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
 
 
-class Lossy:
-    """A tokenizer that knows small letters only, as transformers 5.17 makes one of some GGUF files."""
+class Speller:
+    """A tokenizer that gives back all it reads, letter by letter, though it knows words, as transformers 5.17 makes one."""
+
+    def __len__(self) -> int:
+        return 262_144
 
     def encode(self, text: str, **options: object) -> list[int]:
-        return [ord(c) for c in text if not c.isupper()]
+        return [ord(c) for c in text]
 
     def decode(self, ids: list[int], **options: object) -> str:
         return "".join(map(chr, ids))
 
 
-def test_a_tokenizer_that_loses_text_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match=r"transformers .* makes a broken tokenizer of x\.gguf .* upgrade"):
-        models._check_round_trip(Lossy(), "x.gguf")
+class Lossy(Speller):
+    """One that also drops capitals."""
+
+    def encode(self, text: str, **options: object) -> list[int]:
+        return [ord(c) for c in text if not c.isupper()][:15]
+
+
+@pytest.mark.parametrize(("broken", "how"), [(Lossy(), "as ' uick"), (Speller(), "in 22 pieces")])
+def test_a_tokenizer_that_loses_text_or_spells_it_is_refused(broken: Speller, how: str) -> None:
+    with pytest.raises(
+        UnsupportedModel, match=rf"transformers .* makes a broken tokenizer of x\.gguf .* {how}.* upgrade"
+    ):
+        models._check_round_trip(broken, "x.gguf")
     models._check_round_trip(tiny_tokenizer(), "x.gguf")

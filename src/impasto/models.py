@@ -32,6 +32,7 @@ from impasto.errors import FetchError, ImpastoError, OutOfMemory, UnknownModel, 
 from impasto.result import Setting
 
 EXACT = 2 << 30  # bytes of float32 up to which a de-quantised model is stored without rounding
+LARGE = 10_000  # words in a vocabulary that is not of single signs
 PLAIN = "A Quick Fox, 12 words."  # what any tokenizer should give back
 MASKINGS = ("together", "each", "authors")  # ways to score with a masked model; `impasto.masked.WAYS` says what each is
 
@@ -465,19 +466,22 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 
 def _check_round_trip(tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer that loses text.
+    """Refuse a tokenizer that loses text, or spells it.
 
-    Some versions of transformers make of some GGUF files a tokenizer that knows single small letters only: it drops all
-    others, every text becomes several times as long, and all numbers are wrong without a word.
+    Some versions of transformers make of some GGUF files a tokenizer that never joins letters to words, and may drop
+    those it does not know: every text becomes several times as long, and all numbers are wrong without a word. A large
+    vocabulary has the words of a plain sentence, or most of their parts; a small one may be of single signs.
     """
     ids = tokenizer.encode(PLAIN, add_special_tokens=False)
     back = tokenizer.decode(ids, skip_special_tokens=True)
-    if back.strip().lower() != PLAIN.lower() or len(ids) > len(PLAIN):
+    spelt = len(ids) > (0.75 if len(tokenizer) > LARGE else 1) * len(PLAIN)
+    if spelt or back.strip().lower() != PLAIN.lower():
         import transformers
 
+        how = f"in {len(ids)} pieces" if spelt else f"as {back!r}"
         raise UnsupportedModel(
-            f"transformers {transformers.__version__} makes a broken tokenizer of {name} (it reads {PLAIN!r} as "
-            f"{back!r}): upgrade with `pip install -U transformers`, or load the model from its original files"
+            f"transformers {transformers.__version__} makes a broken tokenizer of {name} (it reads {PLAIN!r} {how}): "
+            "upgrade with `pip install -U transformers`, or load the model from its original files"
         )
 
 

@@ -239,7 +239,8 @@ def bin_boost(
         raise ValueError(f"the edges of frequency ranges ascend, and there is at least one: {tuple(edges)}")
     table = _table(base, edited, frequency, facts=facts)
     often = table.column(2)
-    ranges: list[tuple[str, Bools]] = [(f"fewer than {edges[0]:,.10g}", often < edges[0])]
+    below = f"fewer than {edges[0]:,.10g}" if edges[0] != 1 else "none"
+    ranges: list[tuple[str, Bools]] = [(below, often < edges[0])]
     for place, (low, high) in enumerate(pairwise(edges)):
         above = often >= low if place == 0 else often > low
         start = f"{low:,.10g}" if place == 0 else f"more than {low:,.10g}"

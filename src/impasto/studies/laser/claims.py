@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from impasto.result import Answer
 from impasto.studies.laser import deeper, findings, paper
 from impasto.studies.laser.evidence import Evidence, Trial, benchmark_of
-from impasto.studies.laser.findings import FAR, KEPT, SAME, WORTH
+from impasto.studies.laser.findings import FAR, KEPT, MOSTLY, SAME, WORTH
 from impasto.studies.question import Question
 from impasto.studies.reading import said
 
@@ -205,6 +205,7 @@ def _gain(trial: Trial) -> Question[Trial]:
     """The question of one task."""
     several = len(set(trial.groups)) > 1
     fair = ", and so does that with all right answers weighed alike" if several else ""
+    one = f"lies below {WORTH}, or the edited model gives one class to {MOSTLY:.0%} of the documents"
     return Question(
         key=f"gain-{trial.name}",
         text=f"Does a low-rank edit raise the accuracy on {trial.title}?",
@@ -213,7 +214,7 @@ def _gain(trial: Trial) -> Question[Trial]:
         unit=ACCURACY,
         rule=(
             f"The edit chosen on other documents minus the model itself: yes if the interval lies above zero{fair}, "
-            f"no if {'one of them' if several else 'it'} lies below {WORTH}."
+            f"no if {'one of them' if several else 'it'} {one if trial.classes else f'lies below {WORTH}'}."
         ),
         figure="gains",
     )

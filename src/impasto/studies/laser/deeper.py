@@ -24,7 +24,7 @@ LOSS = 0.02
 """A difference of the loss, in nats per token, that is called the same: two per cent of the perplexity."""
 
 FEWEST = 20
-"""Facts on either side at least, for the paper's bounds of rare and frequent; else the facts' own thirds."""
+"""Facts on either side at least, for the paper's bounds of rare and frequent, and for any verdict."""
 
 FACTS = "Single facts, other text"
 RIGHT, FUNCTION, RELATED, LIKENESS = (
@@ -45,21 +45,25 @@ def rare(evidence: Evidence) -> Found | None:
     for trial in evidence.reported:
         for place, one in enumerate(trial.mentions):
             base, edited, often = _scores(trial, one)
-            low, high = bounds(one)
-            effect = rarity_effect(base, edited, often, facts=trial.units, edges=(low, high))
-            if effect is None:
+            edges = bounds(one)
+            gap = rarity_effect(base, edited, often, facts=trial.units, edges=edges)
+            if gap is None:
                 continue
-            effects += [effect] if place == 0 else []
-            ends = bin_boost(base, edited, often, facts=trial.units, edges=(low, high))
+            ends = bin_boost(base, edited, often, facts=trial.units, edges=edges)
+            first, last = ends[0].both, ends[-1].both
             parts.append(
-                f"{trial.title} ({_named(one)}): {in_points(ends[0].both.difference)} on {ends[0].both.facts:,} facts "
-                f"in {ends[0].name} documents, {in_points(ends[-1].both.difference)} on {ends[-1].both.facts:,} in "
-                f"{ends[-1].name}"
+                f"{trial.title} ({_named(one)}): {in_points(first.difference)} on {_facts(first.facts)} in "
+                f"{'no document' if ends[0].name == 'none' else f'{ends[0].name} documents'}, "
+                f"{in_points(last.difference)} on {_facts(last.facts)} in {ends[-1].name}"
             )
+            if place == 0:
+                effects.append(gap if min(first.facts, last.facts) >= FEWEST else Estimate(gap.value))
     total = pooled(effects)
     if total is None:
         return None
-    return Found(clear(total), f"What the chosen edit gains on rare and on frequent facts. {'; '.join(parts)}.", total)
+    few = "" if total.low is not None else f" Fewer than {FEWEST} facts on a side say nothing: a larger corpus would."
+    text = f"What the chosen edit gains on rare and on frequent facts. {'; '.join(parts)}.{few}"
+    return Found(clear(total) if total.low is not None else "unclear", text, total)
 
 
 def bounds(mentions: Mentions) -> tuple[float, float]:
@@ -122,6 +126,8 @@ def boosts(evidence: Evidence) -> Figure | None:
     for trial, one in _counted(evidence):
         base, edited, often = _scores(trial, one)
         for found in bin_boost(base, edited, often, facts=trial.units, edges=bounds(one)):
+            if found.both.facts < FEWEST:
+                continue
             rows += [
                 {"panel": f"{trial.title} ({one.name})", "label": found.name, "series": name, **bar(share)}
                 for name, share in zip(series, _shares(found), strict=True)
@@ -131,11 +137,16 @@ def boosts(evidence: Evidence) -> Figure | None:
         return None
     caption = (
         "Facts by the number of documents that mention them. The paper draws the last series, which falls with the "
-        "frequency already because the model itself knows frequent facts better; the first two do not. "
+        "frequency already because the model itself knows frequent facts better; the first two do not. Left out are "
+        f"ranges of fewer than {FEWEST} facts. "
         f"Intervals: 95 %, of other facts. {_corpora(evidence)}"
     )
     options = {"series": list(series), "sort": "given", "x_title": "share", "section": FACTS}
     return Figure("boosts", "What is corrected, by frequency", caption, "bars", tuple(rows), options)
+
+
+def _facts(count: int) -> str:
+    return "1 fact" if count == 1 else f"{count:,} facts"
 
 
 def _shares(found: Boost) -> tuple[Estimate | None, Estimate | None, Estimate | None]:

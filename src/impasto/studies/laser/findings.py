@@ -64,7 +64,16 @@ def gain(trial: Trial) -> Found | None:
         parts.append(f"The {what} changes by {in_points(fair)}.")
     if trial.majority is not None:
         parts.append(f"Always giving the most frequent right answer gets {percent(trial.majority)}.")
+    if _one_answer(trial):
+        parts.append("With it the model gives one answer to nine tenths of the documents or more.")
+        return Found("no", " ".join(parts), change)
     return Found(_both(change, fair), " ".join(parts), change)
+
+
+def _one_answer(trial: Trial) -> bool:
+    """Whether the edited model says next to nothing but one class, which is not right nearly as often."""
+    after = trial.predictions(CHOSEN)
+    return bool(after) and max(after) >= MOSTLY > (trial.majority or 0.0)
 
 
 def _both(change: Estimate, fair: Estimate | None) -> Verdict:
