@@ -21,6 +21,11 @@ seconds for the grid are the mean of these samples times the number of candidate
 Spreads are 95 % bootstrap intervals over the samples. Log-likelihoods of all requests are compared on every candidate
 that both sides ran, and so is which of these candidates, and of the model as it is, each side would choose: the most
 accurate, of equals the one with the lowest loss. `--screen` adds what one backward pass foretells of the grid.
+
+    python benchmarks/laser.py --svd 4096x11008 --rounds 3 --output svd.json
+
+measures one decomposition and no model: the library's own, impasto's with an empty folder (which hashes the weight and
+keeps the components), and impasto's again, which finds them, in turns.
 """
 
 from __future__ import annotations
@@ -53,6 +58,7 @@ from impasto.schedule import Schedule
 from impasto.scoring import Scorer
 from impasto.screening import screen
 from impasto.surgery import edited
+from impasto.svd import decompose
 from impasto.tasks import build
 from sweep import seconds
 
@@ -312,6 +318,40 @@ class Benchmark:
         return report
 
 
+def decomposition(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of one decomposition by the library, by impasto, and by impasto again."""
+    rows, columns = map(int, chosen.svd.split("x"))
+    device = torch.device(
+        "cuda" if chosen.device == "auto" and torch.cuda.is_available() else chosen.device.replace("auto", "cpu")
+    )
+    torch.manual_seed(chosen.seed)
+    samples: dict[str, list[float]] = {"library": [], "impasto": [], "again": []}
+    for _ in range(chosen.rounds):
+        weight = torch.randn(rows, columns, device=device)
+        with tempfile.TemporaryDirectory() as empty:
+            ours = functools.partial(decompose, weight, folder=Path(empty))
+            works = {
+                "library": lambda w=weight: torch.linalg.svd(w, full_matrices=False),
+                "impasto": ours,
+                "again": ours,
+            }
+            found = {}
+            for name, work in works.items():
+                spent, found[name] = seconds(work)
+                samples[name].append(spent)
+                print(f"{name}: {spent:.2f} s", flush=True)
+        if not torch.equal(found["impasto"].values, found["again"].values):
+            raise SystemExit("the components that were kept are not those that were computed")
+    ratios = [ours / theirs for ours, theirs in zip(samples["impasto"], samples["library"], strict=True)]
+    return {
+        "machine": machine(device),
+        "options": {k: str(v) for k, v in vars(chosen).items()},
+        "samples": samples,
+        "ratio": float(np.median(ratios)),
+        "spread": [min(ratios), max(ratios)],
+    }
+
+
 def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -328,6 +368,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--screen", action="store_true")
+    parser.add_argument("--svd", metavar="ROWSxCOLUMNS", help="measure one decomposition of a matrix instead")
     parser.add_argument("--output", type=Path, default=Path("laser.json"))
     return parser.parse_args()
 
@@ -335,6 +376,11 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Measure, compare, and write the JSON."""
     chosen = options()
+    if chosen.svd:
+        found = decomposition(chosen)
+        chosen.output.write_text(json.dumps(found, indent=1))
+        print(f"impasto takes {found['ratio']:.3f} times the library's seconds {found['spread']}")
+        return
     bench = Benchmark(chosen)
     report: dict[str, Any] = {
         "machine": machine(bench.loaded.device),
