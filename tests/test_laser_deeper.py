@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from impasto import cli, corpus, models, plots
 from impasto.errors import UsageError
+from impasto.evaluate import scorer_of
 from impasto.perplexity import METRIC, perplexity
 from impasto.recipe import Recipe
 from impasto.schedule import Schedule
 from impasto.store import Store
 from impasto.studies.laser import deeper
-from impasto.studies.laser.asides import mentions, text_tasks
+from impasto.studies.laser.asides import counted, mentions, text_tasks
 from impasto.studies.laser.claims import answers
 from impasto.studies.laser.evidence import (
     BASE,
@@ -148,11 +149,14 @@ def test_counts_and_texts_that_come_later_run_nothing_else(study, loaded, data, 
         told = {answer.key: answer.effect for answer in first.answers}
         assert "(--text FILE)" in told["reads"] and "--frequencies" in told["rare"]
         monkeypatch.setattr(scoring, "call_layer", lambda *_: pytest.fail("a layer was run again"))
-        counted = run_laser(loaded, store=store, counts=[data / "counts.jsonl"], **ASKED)
+        monkeypatch.setattr("impasto.screening.screen", lambda *_, **__: pytest.fail("screened again"))
+        monkeypatch.setattr("impasto.studies.laser_tail.tail_answers", lambda *_, **__: pytest.fail("asked again"))
+        later = run_laser(loaded, store=store, counts=[data / "counts.jsonl"], **ASKED)
         monkeypatch.undo()
         monkeypatch.setenv("IMPASTO_DATA", str(data))
         again = run_laser(loaded, store=store, texts=[data / "story.txt"], **ASKED)
-    assert {answer.key: answer.verdict for answer in counted.answers if answer.key == "rare"}
+    [rare] = [answer for answer in later.answers if answer.key == "rare"]
+    assert not rare.effect.startswith("Not measured")
     assert again.answers == study[1].answers == page_of(bare).answers
 
 
@@ -164,9 +168,13 @@ def test_what_cannot_be_read_is_said(data, loaded, tmp_path):
         text_tasks(loaded, [tmp_path / "none.txt"])
     [pair] = pairs(adapted(PROTOCOLS["quick"], limit=6), ["laser_counterfact"], (), None, None)
     with pytest.raises(UsageError, match="holds no counts"):
-        mentions(pair.test, [data / "story.txt"])
+        counted([data / "story.txt"])
+    with pytest.raises(UsageError, match="two counts are both of 'counts' in one number of documents"):
+        counted([data / "counts.jsonl", data / "counts.jsonl"])
+    with pytest.raises(UsageError, match="two texts are called story"):
+        text_tasks(loaded, [data / "story.txt", data / "story.txt"])
     (tmp_path / "other.jsonl").write_text('{"subject": "a", "answer": "b", "documents": 3}\n')
-    assert mentions(pair.test, [tmp_path / "other.jsonl"]) == ()
+    assert mentions(pair.test, counted([tmp_path / "other.jsonl"])) == ()
     for option in ("--text", "--frequencies"):
         result = CliRunner().invoke(cli.app, ["study", "laser", "demo", option, str(tmp_path / "none")])
         assert result.exit_code != 0 and isinstance(result.exception, UsageError)
@@ -179,7 +187,7 @@ def test_a_count_says_its_rule_and_its_corpus(tmp_path, data):
     counts = corpus.count(corpus.files([str(tmp_path / "texts.txt")]), asked, rules=rules)
     corpus.write(counts, tmp_path / "counts.json")
     [pair] = pairs(adapted(PROTOCOLS["quick"], limit=6), ["laser_counterfact"], (), None, None)
-    [found] = mentions(pair.test, [tmp_path / "counts.json"])
+    [found] = mentions(pair.test, counted([tmp_path / "counts.json"]))
     assert (found.name, found.corpus) == ("all words, any case", "2 documents")
 
 
@@ -248,10 +256,19 @@ def test_a_handful_of_frequent_facts_decides_nothing():
     assert "on 3 facts in more than 2" in told.effect and "a larger corpus would" in told.effect
 
 
-@given(st.lists(st.one_of(st.none(), st.integers(0, 5000)), max_size=60))
-def test_bounds_ascend_and_rare_facts_are_counted_at_least_once_or_never(counts):
-    low, high = deeper.bounds(Mentions("phrase", "", tuple(counts)))
-    assert 1 <= low < high
+@given(st.lists(st.one_of(st.none(), st.integers(0, 5000)), max_size=60), st.integers(1, 4))
+def test_bounds_are_the_paper_s_or_thirds_of_facts(counts, wordings):
+    asked = tuple(count for count in counts for _ in range(wordings))
+    found = deeper.bounds(Mentions("phrase", "", asked), tuple(i // wordings for i in range(len(asked))))
+    known = [count for count in counts if count is not None]
+    sides = sum(count < 50 for count in known), sum(count > 1000 for count in known)
+    if not known or min(sides) >= deeper.FEWEST:
+        assert found == (50, 1000)
+    else:
+        low, high = found
+        assert 1 <= low < high
+        assert sum(count < low for count in known) <= max(len(known) / 3 + 1, known.count(0))
+        assert sum(count > high for count in known) <= 2 * len(known) / 3
 
 
 def spoken_of(said, golds, kinds, share=0.9) -> Spoken:
@@ -292,7 +309,7 @@ def test_text_that_is_read_as_well_or_worse(worse, verdict):
     }
     told = told_of(trial, Text("novel", 5000, reads))["reads"]
     assert told.verdict == verdict
-    assert f"novel {np.exp(losses.mean()):.2f}" in told.effect
+    assert f"novel: the model itself {np.exp(losses.mean()):.2f}" in told.effect
 
 
 def test_a_text_with_a_gap_is_not_judged():
@@ -305,3 +322,34 @@ def test_recipes_of_a_text_are_the_plain_schedule(evidence):
     [text] = evidence.texts
     plain = Recipe("", Schedule.identity(4)).fingerprint
     assert plain in text.reads and len(text.reads) == 2
+
+
+def test_the_edits_of_several_tasks_read_one_text():
+    """Two tasks with the same edit say no more about a text than one."""
+    trial = trial_of(np.zeros(30), np.ones(30))
+    losses, gap = np.random.default_rng(0).normal(3, 1, 50), np.random.default_rng(1).normal(0.05, 0.3, 50)
+    reads = {
+        trial.report.uses[BASE].fingerprint: tuple(losses),
+        trial.report.uses[CHOSEN].fingerprint: tuple(losses + gap),
+    }
+    text = Text("novel", 5000, reads)
+    both = Evidence(6, PROTOCOLS["standard"], (), (trial, replace(trial, name="laser_other")), {}, (text,))
+    one = Evidence(6, PROTOCOLS["standard"], (), (trial,), {}, (text,))
+    assert deeper.reads(both).estimate == deeper.reads(one).estimate
+
+
+def test_windows_of_a_text_are_never_read_as_another_request(loaded, data):
+    """A worker has no encoder for windows: it must not answer them at all, rather than answer something else."""
+    [task] = text_tasks(loaded, [data / "story.txt"])
+    with pytest.raises(UsageError, match="a window of a text needs `impasto.perplexity.sliding_scorer`"):
+        scorer_of(loaded).score([Recipe.of("tiny", "0:4", layers=4)], list(task.requests))
+
+
+def test_the_last_study_of_a_folder_is_its_page(loaded, data, tmp_path):
+    """Also where it is run as an earlier one was, after a third that was run otherwise."""
+    other = replace(loaded, setting=replace(loaded.setting, dtype="float16"))
+    with Store(tmp_path) as store:
+        for one, rho in ((loaded, "0.3"), (other, "0.3"), (loaded, "0.5")):
+            run_laser(one, store=store, **{**ASKED, "rhos": [rho]})
+    with Store(tmp_path, readonly=True) as store:
+        assert [str(rho) for rho in study_of(store).protocol.rhos] == ["0.5"]

@@ -297,3 +297,18 @@ def test_a_tokenizer_that_loses_text_or_spells_it_is_refused(broken: Speller, ho
     ):
         models._check_round_trip(broken, "x.gguf")
     models._check_round_trip(tiny_tokenizer(), "x.gguf")
+
+
+def test_a_broken_tokenizer_that_was_kept_is_refused_and_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMPASTO_CACHE", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model(layers=1))
+    models.load(file, device="cpu")
+    [kept] = [path for path in (tmp_path / "cache" / "dequantised").iterdir() if path.is_dir()]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_tokenizer", lambda *_, **__: Speller())
+        with pytest.raises(UnsupportedModel, match="makes a broken tokenizer of tiny.gguf"):
+            models.load(file, device="cpu")
+    assert not kept.exists()
+    assert models.load(file, device="cpu").tokenizer is not None and kept.exists()

@@ -127,6 +127,10 @@ class Encoder:
 
     def _pieces(self, index: int, request: Request) -> Iterator[Piece]:
         if request.kind == "rolling":
+            if request.options:
+                raise UsageError(
+                    "a window of a text needs `impasto.perplexity.sliding_scorer`, which knows such requests"
+                )
             yield from self._windows(index, request.continuation)
             return
         context, continuation = self._pair(request.context, request.continuation)

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -196,6 +197,9 @@ def load(
             if not placed:
                 model = model.to(target)
             tokenizer = _tokenizer(folder, **where)
+            if native and tokenizer is not None:  # an earlier version may have kept one that is broken
+                with _given_up(Path(folder)):
+                    _check_round_trip(tokenizer, Path(place).name)
         if not weights:
             weights = getattr(config, "_commit_hash", None) or _module_hash(model)
     return _loaded(name, model, tokenizer, weights, source)
@@ -463,6 +467,16 @@ def _dequantise(file: Path, folder: Path) -> None:
     bare.tie_weights()
     bare.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _given_up(folder: Path) -> Iterator[None]:
+    """Remove a de-quantised model that turns out to be unusable, so that it is made anew the next time."""
+    try:
+        yield
+    except UnsupportedModel:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check_round_trip(tokenizer: Any, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from impasto.errors import UsageError
 from impasto.models import LoadedModel
@@ -16,20 +17,39 @@ from impasto.studies.laser.protocol import Report, rho_of
 from impasto.studies.protocol import spread
 from impasto.tasks import TaskSet
 
+if TYPE_CHECKING:
+    from impasto.corpus import Counted
+
 WINDOW = 2048
 """Tokens that are read together at most, as in the paper."""
 
 
-def mentions(task: TaskSet, counts: Sequence[Path | str]) -> tuple[Mentions, ...]:
+def counted(counts: Sequence[Path | str]) -> tuple[tuple[str, Counted], ...]:
+    """Finished counts with what to call them: how mentions were matched, and in how much.
+
+    Raises:
+        UsageError: a file that is no count, or two that could not be told apart.
+    """
+    from impasto.corpus import read
+
+    found = []
+    for path in map(Path, counts):
+        one = read(path)
+        name = path.stem if one.rules is None else one.rules.match.replace("_", " ")
+        name += ", any case" if one.rules is not None and one.rules.ignore_case else ""
+        found.append((name, one))
+    names = [(name, one.documents) for name, one in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two counts are both of {twice[0]!r} in one number of documents: give each corpus once")
+    return tuple(found)
+
+
+def mentions(task: TaskSet, counts: Sequence[tuple[str, Counted]]) -> tuple[Mentions, ...]:
     """How often the fact of each document stands in the corpora of some counts; those that know none are left out.
 
     A fact is what a document is about, with its right answer.
-
-    Raises:
-        UsageError: a file that is no count.
     """
     from impasto.corpus import Pair as Fact
-    from impasto.corpus import read
 
     asked = [
         Fact(str(doc["about"]), str(doc["answer"]))
@@ -38,15 +58,11 @@ def mentions(task: TaskSet, counts: Sequence[Path | str]) -> tuple[Mentions, ...
         for doc in task.documents.values()
     ]
     found = []
-    for path in counts:
-        counted = read(path)
-        known = {Fact(pair.subject, pair.answer.strip()): number for pair, number in counted.frequencies.items()}
+    for name, one in counts:
+        known = {Fact(pair.subject, pair.answer.strip()): number for pair, number in one.frequencies.items()}
         numbers = tuple(None if fact is None else known.get(fact) for fact in asked)
         if any(number is not None for number in numbers):
-            rules = counted.rules
-            name = Path(path).stem if rules is None else rules.match.replace("_", " ")
-            name += ", any case" if rules is not None and rules.ignore_case else ""
-            corpus = "" if counted.documents is None else f"{counted.documents:,} documents"
+            corpus = "" if one.documents is None else f"{one.documents:,} documents"
             found.append(Mentions(name, corpus, numbers))
     return tuple(found)
 
@@ -115,12 +131,14 @@ def text_tasks(loaded: LoadedModel, files: Sequence[Path | str]) -> list[TaskSet
     """Plain texts as tasks.
 
     Raises:
-        UsageError: a file that is not there, is no UTF-8, or holds nothing to score.
+        UsageError: a file that is not there, is no UTF-8, holds nothing to score, or is called as another one is.
     """
     from impasto.perplexity import text_task
 
-    made = []
+    made: list[TaskSet] = []
     for path in map(Path, files):
+        if path.stem in {task.name for task in made}:
+            raise UsageError(f"two texts are called {path.stem}: give each another name")
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as problem:

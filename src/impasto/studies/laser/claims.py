@@ -157,10 +157,11 @@ QUESTIONS: tuple[Question[Evidence], ...] = (
         needs="a text (--text FILE)",
         unit="nats per token",
         rule=(
-            "Mean over tasks and texts of the loss with the chosen edit minus that without: yes if the interval lies "
-            f"below {deeper.LOSS}, no if above."
+            "Mean over tasks and texts of the loss with the chosen edit minus that without, window by window: yes if "
+            f"the interval lies below {deeper.LOSS}, no if above."
         ),
         figure="texts",
+        arises=lambda evidence: not evidence.masked,
     ),
     Question(
         key="moved",
@@ -205,7 +206,7 @@ def _gain(trial: Trial) -> Question[Trial]:
     """The question of one task."""
     several = len(set(trial.groups)) > 1
     fair = ", and so does that with all right answers weighed alike" if several else ""
-    one = f"lies below {WORTH}, or the edited model gives one class to {MOSTLY:.0%} of the documents"
+    one = f"lies below {WORTH}, or the edit moves {MOSTLY:.0%} of the answers to a class that is not right so often"
     return Question(
         key=f"gain-{trial.name}",
         text=f"Does a low-rank edit raise the accuracy on {trial.title}?",

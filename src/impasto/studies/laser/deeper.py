@@ -45,7 +45,7 @@ def rare(evidence: Evidence) -> Found | None:
     for trial in evidence.reported:
         for place, one in enumerate(trial.mentions):
             base, edited, often = _scores(trial, one)
-            edges = bounds(one)
+            edges = bounds(one, trial.units)
             gap = rarity_effect(base, edited, often, facts=trial.units, edges=edges)
             if gap is None:
                 continue
@@ -66,17 +66,25 @@ def rare(evidence: Evidence) -> Found | None:
     return Found(clear(total) if total.low is not None else "unclear", text, total)
 
 
-def bounds(mentions: Mentions) -> tuple[float, float]:
+def bounds(mentions: Mentions, units: Sequence[int]) -> tuple[float, float]:
     """Below what a fact is rare and above what it is frequent.
 
     The paper's 50 and 1,000 documents, where there are enough facts on either side of both; a smaller corpus is cut
     where a third of its facts lies below and a third above.
 
+    Args:
+        mentions: the count of each document's fact.
+        units: which documents are about one thing, which counts once, with their mean.
+
     Example:
-        >>> bounds(Mentions("phrase", "", (0, 0, 0, 1, 2, 3, 4, 5, 6)))
+        >>> bounds(Mentions("phrase", "", (0, 0, 0, 1, 2, 3, 4, 5, 6)), range(9))
         (1.0, 3.0)
     """
-    often = np.array([count for count in mentions.counts if count is not None], np.float64)
+    known: dict[int, list[int]] = {}
+    for unit, count in zip(units, mentions.counts, strict=True):
+        if count is not None:
+            known.setdefault(unit, []).append(count)
+    often = np.array([np.mean(counts) for counts in known.values()], np.float64)
     low, high = EDGES
     if min((often < low).sum(), (often > high).sum()) >= FEWEST:
         return low, high
@@ -98,7 +106,7 @@ def frequency(evidence: Evidence) -> Figure | None:
         ):
             if base is None or edited is None:
                 continue
-            panel = f"{trial.title}, {name} ({one.name})"
+            panel = f"{trial.title}, {name} ({_named(one)})"
             for found in frequency_curve(base, edited, often, facts=trial.units):
                 label = f"{found.frequency:,.0f} or fewer"
                 for series, level in (("the model itself", found.both.base), ("chosen edit", found.both.edited)):
@@ -125,11 +133,11 @@ def boosts(evidence: Evidence) -> Figure | None:
     series = ("corrected, of what was wrong", "lost, of what was right", "corrected / right before")
     for trial, one in _counted(evidence):
         base, edited, often = _scores(trial, one)
-        for found in bin_boost(base, edited, often, facts=trial.units, edges=bounds(one)):
+        for found in bin_boost(base, edited, often, facts=trial.units, edges=bounds(one, trial.units)):
             if found.both.facts < FEWEST:
                 continue
             rows += [
-                {"panel": f"{trial.title} ({one.name})", "label": found.name, "series": name, **bar(share)}
+                {"panel": f"{trial.title} ({_named(one)})", "label": found.name, "series": name, **bar(share)}
                 for name, share in zip(series, _shares(found), strict=True)
                 if share is not None
             ]
@@ -262,23 +270,28 @@ def tails(evidence: Evidence) -> Figure | None:
 
 
 def reads(evidence: Evidence) -> Found | None:
-    """Whether the model with the chosen edit reads plain text as well as before."""
-    changes = [
-        (trial, text, change)
-        for trial in evidence.reported
-        for text in evidence.texts
-        if (change := worse(trial, text, CHOSEN)) is not None
-    ]
-    total = pooled([change for _, _, change in changes])
+    """Whether the model with the chosen edits reads plain text as well as before.
+
+    All tasks' edits read the same windows, so a window counts once, with the mean over the tasks.
+    """
+    gaps: list[Estimate] = []
+    parts: list[str] = []
+    for text in evidence.texts:
+        rows = {
+            trial.name: (trial, row) for trial in evidence.reported if (row := lost(trial, text, CHOSEN)) is not None
+        }
+        if rows:
+            gaps.append(statistics.over_seeds(np.mean([row for _, row in rows.values()], axis=0)))
+            first, _ = next(iter(rows.values()))
+            edited = [f"{t.chosen} ({t.title}) {_size(perplexity(t, text, CHOSEN))}" for t, _ in rows.values()]
+            parts.append(f"{text.name}: the model itself {_size(perplexity(first, text, BASE))}, {', '.join(edited)}")
+    total = pooled(gaps)
     if total is None:
         return None
-    parts = [f"{trial.chosen} ({trial.title}) {_size(perplexity(trial, text, CHOSEN))}" for trial, text, _ in changes]
-    before = dict.fromkeys(f"{text.name} {_size(perplexity(trial, text, BASE))}" for trial, text, _ in changes)
-    effect = f"Perplexity per token: the model itself {listed(list(before))}; {'; '.join(parts)}."
-    low, high = total.low, total.high
-    if low is None or high is None:
+    effect = f"Perplexity per token. {'; '.join(parts)}."
+    if total.low is None or total.high is None:
         return Found("unclear", effect, total)
-    return Found("yes" if high < LOSS else "no" if low > LOSS else "unclear", effect, total)
+    return Found("yes" if total.high < LOSS else "no" if total.low > LOSS else "unclear", effect, total)
 
 
 def texts(evidence: Evidence) -> Figure | None:
@@ -287,8 +300,9 @@ def texts(evidence: Evidence) -> Figure | None:
     for text in evidence.texts:
         for trial in evidence.reported:
             for series, use in (("chosen edit", CHOSEN), ("several edits", last_composed(trial))):
-                change = None if use is None else worse(trial, text, use)
-                if change is not None and use is not None:
+                gap = None if use is None else lost(trial, text, use)
+                if gap is not None and use is not None:
+                    change = statistics.over_seeds(gap)
                     row = {"panel": text.name, "label": trial.title, "series": series, **bar(change)}
                     rows.append({**row, "perplexity": perplexity(trial, text, use)})
     if not rows:
@@ -309,12 +323,10 @@ def texts(evidence: Evidence) -> Figure | None:
     return Figure("texts", "Plain text", caption, "bars", tuple(rows), options)
 
 
-def worse(trial: Trial, text: Text, use: Use) -> Estimate | None:
-    """By how many nats per token a text is less likely with a use's edits than without; None where not read."""
+def lost(trial: Trial, text: Text, use: Use) -> Floats | None:
+    """Window by window, by how many nats a text is less likely with a use's edits; None where not read."""
     found, base = _windows(trial, text, use), _windows(trial, text, BASE)
-    if found is None or base is None or not np.isfinite(found - base).all():
-        return None
-    return statistics.over_seeds(found - base)
+    return None if found is None or base is None or not np.isfinite(found - base).all() else found - base
 
 
 def perplexity(trial: Trial, text: Text, use: Use) -> float | None:

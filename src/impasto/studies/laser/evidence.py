@@ -340,6 +340,7 @@ class Evidence:
         trials: one for each task, in the order of the figures.
         facts: provenance; "model" also stands in the subtitle.
         texts: plain texts that were read.
+        masked: whether the model predicts masked tokens, and so has no perplexity.
     """
 
     depth: int
@@ -348,6 +349,7 @@ class Evidence:
     trials: tuple[Trial, ...]
     facts: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[Text, ...] = ()
+    masked: bool = False
 
     @cached_property
     def reported(self) -> tuple[Trial, ...]:

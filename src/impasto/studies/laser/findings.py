@@ -71,9 +71,12 @@ def gain(trial: Trial) -> Found | None:
 
 
 def _one_answer(trial: Trial) -> bool:
-    """Whether the edited model says next to nothing but one class, which is not right nearly as often."""
-    after = trial.predictions(CHOSEN)
-    return bool(after) and max(after) >= MOSTLY > (trial.majority or 0.0)
+    """Whether the edit moves the model towards saying next to nothing but one class, which is not right as often."""
+    before, after = trial.predictions(BASE), trial.predictions(CHOSEN)
+    if not before or not after:
+        return False
+    most = max(range(len(after)), key=after.__getitem__)
+    return after[most] >= MOSTLY > (trial.majority or 0.0) and after[most] >= before[most]
 
 
 def _both(change: Estimate, fair: Estimate | None) -> Verdict:

@@ -7,6 +7,7 @@ recipes are kept under the protocol of the part that they were measured on, so t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
@@ -157,6 +158,7 @@ class Book:
         """Keep what was asked; it is the folder's last study from now on."""
         self._put("asked", self.asked.to_json())
         self._put("last", self.mark)
+        self._put("begun", time.time_ns())
 
     def decide(self, task: str, what: str, value: Any) -> None:
         """Keep a decision about a task: "screened", "raced", "chosen", "trace", "mentions", "spoken"."""
@@ -239,7 +241,7 @@ class Book:
         return Recipe("", Schedule.identity(self.asked.depth))
 
     def _put(self, key: str, value: Any) -> None:
-        name = key if key == "last" or key.startswith(self.mark) else f"{self.mark} {key}"
+        name = key if key in ("last", "begun") or key.startswith(self.mark) else f"{self.mark} {key}"
         self.store.put_measurement(self.setting, self._recipe, KIND, name, value)
 
 
@@ -264,11 +266,15 @@ def study_of(store: Store) -> Evidence:
     Raises:
         StoreError: the folder holds no LASER study.
     """
-    for setting in reversed(store.settings()):
-        found = {one.key: one.value for one in store.measurements(setting, KIND)}
-        if "last" in found:
-            last = found["last"]
-            return evidence(Book(store, setting, Asked.read(found[f"{last} asked"]), last))
+    kept = [
+        (setting, {one.key: one.value for one in store.measurements(setting, KIND)})
+        for setting in reversed(store.settings())
+    ]
+    begun = [(setting, found) for setting, found in kept if "last" in found]
+    if begun:
+        setting, found = max(begun, key=lambda one: one[1].get("begun", 0))  # of equal ones the newest setting
+        last = found["last"]
+        return evidence(Book(store, setting, Asked.read(found[f"{last} asked"]), last))
     raise StoreError(f"{store.folder} holds results, but not of a study that was begun with `impasto study laser`")
 
 
@@ -282,6 +288,7 @@ def evidence(book: Book) -> Evidence:
         trials=tuple(trial(book, part) for part in asked.parts),
         facts=_facts(book),
         texts=book.texts(),
+        masked=bool(book.setting.masking),
     )
 
 

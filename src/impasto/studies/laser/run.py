@@ -46,6 +46,7 @@ from impasto.studies.run import StudyPlan
 from impasto.tasks import TaskSet
 
 if TYPE_CHECKING:
+    from impasto.corpus import Counted
     from impasto.scoring import Scoring
 
 Progress = Callable[[str, float], None]
@@ -84,7 +85,7 @@ class _Study:
     scorer: Callable[[], Scoring]
     batch_tokens: int | None
     where: Place | None
-    counts: Sequence[Path | str]
+    counts: Sequence[tuple[str, Counted]]
     texts: Sequence[TaskSet]
     progress: Progress
     note: Note
@@ -271,7 +272,7 @@ def _prepare(
         scorer=functools.cache(lambda: made(loaded, batch_tokens, note=say)),
         batch_tokens=batch_tokens,
         where=where,
-        counts=counts,
+        counts=asides.counted(counts),
         texts=asides.text_tasks(loaded, texts),
         progress=tell,
         note=say,
@@ -435,9 +436,7 @@ def _reported(study: _Study, pair: Pair, report: Report) -> None:
 def _facts(study: _Study, pair: Pair, report: Report) -> None:
     """Keep how often a task's facts are mentioned, and what the discarded components answer to them."""
     if study.counts:
-        found = asides.mentions(pair.test, study.counts)
-        if found:
-            study.book.put_mentions(pair.name, found)
+        study.book.put_mentions(pair.name, asides.mentions(pair.test, study.counts))
     if study.book.spoken(pair.name) is None:
         phase = f"{title_of(pair.name)}: what is discarded"
         spoken = asides.spoken(
@@ -459,8 +458,9 @@ def _read(study: _Study, reports: Sequence[Report]) -> None:
     wanted = [recipe for report in reports for recipe in (report.uses[BASE], report.uses[CHOSEN], *_last(report))]
     recipes = [replace(one, model=study.loaded.name) for one in {one.fingerprint: one for one in wanted}.values()]
     kept = []
+    here = replace(study, where=None)  # workers read requests as the harness does, and it has no such windows
     for text in study.texts:
-        results = _evaluated(study, recipes, text, f"reading {text.name}")
+        results = _evaluated(here, recipes, text, f"reading {text.name}")
         for recipe, result in zip(recipes, results, strict=True):
             study.book.put_read(recipe, text.protocol, result.scores[METRIC])
         kept.append((text.name, text.protocol, int(results[0].info["tokens"])))
