@@ -295,6 +295,8 @@ def test_what_cannot_be_is_said(loaded, data, no_hub, tmp_path):
     with Store(tmp_path) as store:
         with pytest.raises(UsageError, match=r"^no protocol 'fast'; there are quick, standard, paper$"):
             run_laser(loaded, store=store, protocol="fast")
+        with pytest.raises(TypeError, match="limits"):
+            run_laser(loaded, store=store, limits=3)
         with pytest.raises(UsageError, match=r"^rho 1.5 is not a number from 0 to 1: it is the share"):
             run_laser(loaded, store=store, **{**ASKED, "rhos": [1.5]})
         with pytest.raises(UsageError, match=r"nearest: mlp\.down_proj"):

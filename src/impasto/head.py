@@ -143,7 +143,7 @@ class Head:
             rows = slice(low, min(words, low + step))
             piece = F.linear(entered, weight[rows], None if bias is None else bias[rows])
             if self.kind == "pointwise":
-                piece = self._pointwise(entered, piece)
+                piece = self._pointwise(entered, piece).to(device)  # the model gives it back where its inputs are
             inside = (tokens >= rows.start) & (tokens < rows.stop)
             column = (tokens - rows.start).clamp(0, piece.shape[1] - 1)
             own = torch.where(inside, piece[places, column].float(), own)

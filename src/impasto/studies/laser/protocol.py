@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypedDict
 
 from impasto import moves
 from impasto.edit import Edit, Rule
@@ -149,9 +149,32 @@ def protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+class Changes(TypedDict, total=False):
+    """What a user wants otherwise than a protocol has it; what is missing or None stays as it is there.
+
+    Attributes:
+        limit: documents of each validation part; four times as many are reported on.
+        types: globs of the matrices' names inside a block, or "mlp", "attention", "all".
+        layers: such as "9:18"; all where it is empty.
+        rhos: shares of the full rank that are kept; numbers or their texts.
+        select: "race" or "full".
+        screen: how many candidates screening leaves; 0 is all.
+        compose: "greedy", "authors" or "none".
+    """
+
+    limit: int | None
+    types: Sequence[str] | None
+    layers: str | None
+    rhos: Sequence[str | float] | None
+    select: str | None
+    screen: int | None
+    compose: str | None
+
+
 def adapted(
     chosen: Protocol,
     *,
+    tasks: Sequence[str] | None = None,
     limit: int | None = None,
     types: Sequence[str] | None = None,
     layers: str | None = None,
@@ -159,20 +182,8 @@ def adapted(
     select: str | None = None,
     screen: int | None = None,
     compose: str | None = None,
-    tasks: Sequence[str] | None = None,
 ) -> Protocol:
-    """A protocol with what a user wants otherwise; None keeps the protocol's own.
-
-    Args:
-        chosen: the protocol.
-        limit: documents of every validation part.
-        types: see `Protocol`.
-        layers: see `Protocol`.
-        rhos: see `Protocol`; numbers or their texts.
-        select: a name in `SELECTS`.
-        screen: candidates to leave; 0 measures all of them.
-        compose: a name in `COMPOSES`.
-        tasks: names of tasks.
+    """A protocol with what a user wants otherwise, see `Changes`; None keeps the protocol's own, also of the tasks.
 
     Raises:
         UsageError: a name that there is not, or a rho outside of 0 to 1.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from impasto import composition
 from impasto.composition import Rung, Verdict
@@ -31,6 +31,7 @@ from impasto.studies.laser.kept import Asked, Book, evidence, page_of, step_json
 from impasto.studies.laser.page import page
 from impasto.studies.laser.parts import Pair, items, matrices, pairs, point, rights, sheet
 from impasto.studies.laser.protocol import (
+    Changes,
     Matrix,
     Protocol,
     Report,
@@ -39,9 +40,9 @@ from impasto.studies.laser.protocol import (
     composed_of,
     layers_of,
     promising,
-    protocol,
     spaced,
 )
+from impasto.studies.laser.protocol import protocol as named
 from impasto.studies.run import StudyPlan
 from impasto.tasks import TaskSet
 
@@ -104,13 +105,6 @@ def run_laser(
     store: Store,
     protocol: str = "quick",
     task_names: Sequence[str] | None = None,
-    limit: int | None = None,
-    types: Sequence[str] | None = None,
-    layers: str | None = None,
-    rhos: Sequence[str | float] | None = None,
-    select: str | None = None,
-    screen: int | None = None,
-    compose: str | None = None,
     seed: int = 0,
     include: Sequence[Path | str] = (),
     counts: Sequence[Path | str] = (),
@@ -119,6 +113,7 @@ def run_laser(
     where: Place | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
+    **changes: Unpack[Changes],
 ) -> Page:
     """The whole LASER study of one model.
 
@@ -132,13 +127,6 @@ def run_laser(
         protocol: "quick", "standard" or "paper".
         task_names: harness tasks instead of the protocol's own. A task of this package named `laser_...` has a
             validation part of its own; of any other, a fifth of the documents is set apart.
-        limit: documents of each validation part; four times as many are reported on.
-        types: globs of the matrices' names inside a block, or "mlp", "attention", "all".
-        layers: such as "9:18"; all where it is empty.
-        rhos: shares of the full rank that are kept.
-        select: "race" or "full".
-        screen: how many candidates screening leaves; 0 is all.
-        compose: "greedy", "authors" or "none".
         seed: of the order in which a race asks.
         include: folders with the user's own task files.
         counts: files of `impasto corpus count`, by which facts are rare or frequent.
@@ -147,15 +135,27 @@ def run_laser(
         where: who measures candidates whole; None this process. Screening and races are always run here.
         progress: told the phase and the share of it that is done.
         note: told in a sentence what the user should know.
+        changes: what is wanted otherwise than the protocol has it, see `Changes`: limit, types, layers, rhos, select,
+            screen, compose.
 
     Raises:
         UsageError: an unknown protocol, task or matrix, or a share outside of 0 to 1.
         UnsupportedModel: weights that cannot be edited, or a model that predicts no tokens.
         ImpastoError: something could not be measured; all else is kept, and `page_of` makes a page of it.
     """
-    wanted = _wanted(protocol, limit, types, layers, rhos, select, screen, compose, task_names)
     study = _prepare(
-        loaded, store, wanted, task_names, seed, include, counts, texts, batch_tokens, where, progress, note
+        loaded,
+        store,
+        adapted(named(protocol), tasks=task_names, **changes),
+        task_names,
+        seed=seed,
+        include=include,
+        counts=counts,
+        texts=texts,
+        batch_tokens=batch_tokens,
+        where=where,
+        progress=progress,
+        note=note,
     )
     study.book.open()
     _effective(study)
@@ -170,24 +170,27 @@ def dry_run_laser(
     store: Store,
     protocol: str = "quick",
     task_names: Sequence[str] | None = None,
-    limit: int | None = None,
-    types: Sequence[str] | None = None,
-    layers: str | None = None,
-    rhos: Sequence[str | float] | None = None,
-    select: str | None = None,
-    screen: int | None = None,
-    compose: str | None = None,
     seed: int = 0,
     include: Sequence[Path | str] = (),
     batch_tokens: int | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
+    **changes: Unpack[Changes],
 ) -> LaserPlan:
     """What `run_laser` would take with the same arguments; nothing is scored and nothing kept."""
     from impasto.pace import pace
 
-    wanted = _wanted(protocol, limit, types, layers, rhos, select, screen, compose, task_names)
-    study = _prepare(loaded, store, wanted, task_names, seed, include, (), (), batch_tokens, None, progress, note)
+    study = _prepare(
+        loaded,
+        store,
+        adapted(named(protocol), tasks=task_names, **changes),
+        task_names,
+        seed=seed,
+        include=include,
+        batch_tokens=batch_tokens,
+        progress=progress,
+        note=note,
+    )
     tried = spaced(study.grid, study.protocol.screen)
     middle = Report(loaded.layers, tried[len(tried) // 2], None, (), study.protocol)
     works = [
@@ -213,41 +216,18 @@ def dry_run_laser(
     return LaserPlan(len(study.book.asked.matrices), len(study.grid), len(tried), scoring)
 
 
-def _wanted(
-    name: str,
-    limit: int | None,
-    types: Sequence[str] | None,
-    layers: str | None,
-    rhos: Sequence[str | float] | None,
-    select: str | None,
-    screen: int | None,
-    compose: str | None,
-    tasks: Sequence[str] | None,
-) -> Protocol:
-    return adapted(
-        protocol(name),
-        limit=limit,
-        types=types,
-        layers=layers,
-        rhos=rhos,
-        select=select,
-        screen=screen,
-        compose=compose,
-        tasks=tasks,
-    )
-
-
 def _prepare(
     loaded: LoadedModel,
     store: Store,
     wanted: Protocol,
     names: Sequence[str] | None,
+    *,
     seed: int,
     include: Sequence[Path | str],
-    counts: Sequence[Path | str],
-    texts: Sequence[Path | str],
+    counts: Sequence[Path | str] = (),
+    texts: Sequence[Path | str] = (),
     batch_tokens: int | None,
-    where: Place | None,
+    where: Place | None = None,
     progress: Progress | None,
     note: Note | None,
 ) -> _Study:
