@@ -27,7 +27,7 @@ from impasto.pace import pace
 from impasto.perplexity import perplexity
 from impasto.race import race
 from impasto.recipe import Recipe
-from impasto.result import Request
+from impasto.result import MASKINGS, Request
 from impasto.scoring import Scorer, Sharing
 from impasto.store import Store
 from impasto.studies.laser.kept import study_of
@@ -171,7 +171,7 @@ def test_what_reads_from_left_to_right_is_not_asked_of_encoders(loaded: models.L
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-@pytest.mark.parametrize("masking", models.MASKINGS)
+@pytest.mark.parametrize("masking", MASKINGS)
 def test_evaluate_answers_as_the_scorer_and_the_oracle(family: str, masking: str, tmp_path: Path) -> None:
     loaded = loaded_of(family).scored(masking)
     name = anatomy(loaded.model).matrices(2)[-1].name
@@ -317,7 +317,7 @@ def first_at_mask(model: Any, request: Request) -> int:
 
 def test_another_masking_is_another_study(tmp_path: Path) -> None:
     losses = []
-    for masking in models.MASKINGS:
+    for masking in MASKINGS:
         loaded = loaded_of().scored(masking)
         with Store(tmp_path) as store:
             run_laser(loaded, store=store, task_names=TASKS[:1], select="full", compose="none", **ASKED)

@@ -27,7 +27,7 @@ from impasto.masked import MaskedScorer, Masker
 from impasto.matrices import matched
 from impasto.models import adopt
 from impasto.recipe import Recipe
-from impasto.result import RANK, Request
+from impasto.result import MASKINGS, RANK, Request
 from impasto.scoring import Batch
 from impasto.screening import screen
 from impasto.store import Store

@@ -98,7 +98,7 @@ def evaluate(
         attn_implementation,
         device_map,
         tp_plan,
-        masking and masking.value,
+        masking,
     )
     from impasto import tasks as benchmarks
 
