@@ -292,6 +292,29 @@ def test_text_is_the_likeliest_token_at_each_mask(family: str) -> None:
     assert told == dict(enumerate(answers))
 
 
+def test_text_is_written_in_smaller_batches_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = usual()
+    requests = [Request("generate", "a" * length) for length in (3, 5, 8, 13, 21)]
+    plain = masked.respond(model, TOKENIZER, requests, masks=2)
+    real, sizes = type(model).forward, []
+
+    def scarce(self: Any, input_ids: torch.Tensor, **more: Any) -> Any:
+        sizes.append(input_ids.numel())
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, input_ids, **more)
+
+    monkeypatch.setattr(type(model), "forward", scarce)
+    limit, told = 40, []
+    answers = masked.respond(model, TOKENIZER, requests, masks=2, on_response=lambda place, _: told.append(place))
+    assert answers == plain
+    assert sorted(told) == [0, 1, 2, 3, 4]
+    assert sizes[0] == 5 * 25 and min(sizes) <= limit  # 21 letters, two masks, two special tokens
+    limit = 20
+    with pytest.raises(OutOfMemory, match=r"^one sequence of 25 tokens does not fit into the memory of cpu: use a sm"):
+        masked.respond(model, TOKENIZER, requests, masks=2)
+
+
 def test_logits_that_are_not_finite_give_no_text() -> None:
     model = encoder()
     with torch.no_grad():
