@@ -395,6 +395,24 @@ def test_what_is_foretold_of_edits_are_the_slopes_of_finite_differences(
     assert max(map(abs, expected)) > 1e-4
 
 
+@pytest.mark.parametrize("masking", ["together", "authors"])
+def test_curvature_is_half_the_mean_square_of_each_requests_change(masking: str, tmp_path: Path) -> None:
+    """Exact where every batch is one request, whatever its loss is divided by."""
+    model = families.build("bert", torch.float64, vocab_size=SIZE)
+    name = anatomy(model).matrices(2)[-1].name
+    edits = [f"4.{name}@0.3", f"1.{name}@0", f"2:4.{name}@prune0.5"]
+    loaded = adopt(model, TOKENIZER).scored(masking)
+    asked = ask(*((f"{start}{start} is", " a" * (1 + i % 2)) for i, start in enumerate("abcdef")))
+    alone = [[one.change for one in screen(loaded, [r], edits, folder=tmp_path)] for r in asked]
+    found = screen(loaded, asked, edits, folder=tmp_path, curvature=True, batch_tokens=1)
+    np.testing.assert_allclose([one.change for one in found], np.mean(alone, 0), rtol=1e-5)
+    np.testing.assert_allclose([one.curvature for one in found], np.mean(np.square(alone), 0) / 2, rtol=1e-4)
+
+
+def test_every_way_to_mask_is_known_to_the_scorer() -> None:
+    assert set(masked.WAYS) == set(MASKINGS)
+
+
 def test_screening_leaves_a_masked_model_as_it_was(tmp_path: Path) -> None:
     model = encoder()
     before = {name: value.clone() for name, value in model.state_dict().items()}
