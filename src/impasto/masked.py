@@ -49,7 +49,7 @@ Wear = Callable[[int, tuple[Edit, ...]], AbstractContextManager[object]]
 WAYS: Mapping[str, tuple[Masking, Lengths]] = MappingProxyType(
     {"together": ("together", "tokens"), "each": ("each", "tokens"), "authors": ("together", "authors")}
 )
-"""What each of `MASKINGS` stands for: how tokens are masked, and how many of them are said to be scored."""
+"""What each of `result.MASKINGS` stands for: how tokens are masked, and how many of them are said to be scored."""
 
 BUDGET = {"cpu": 2048, "cuda": 32768}  # padded tokens of one batch, before memory says otherwise
 MASKS = 5  # how many tokens the paper's encoders write
