@@ -27,7 +27,7 @@ from impasto.pace import pace
 from impasto.perplexity import perplexity
 from impasto.race import race
 from impasto.recipe import Recipe
-from impasto.result import Request
+from impasto.result import MASKINGS, Request
 from impasto.scoring import Scorer, Sharing
 from impasto.store import Store
 from impasto.studies.laser.kept import study_of
@@ -171,7 +171,7 @@ def test_what_reads_from_left_to_right_is_not_asked_of_encoders(loaded: models.L
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-@pytest.mark.parametrize("masking", models.MASKINGS)
+@pytest.mark.parametrize("masking", MASKINGS)
 def test_evaluate_answers_as_the_scorer_and_the_oracle(family: str, masking: str, tmp_path: Path) -> None:
     loaded = loaded_of(family).scored(masking)
     name = anatomy(loaded.model).matrices(2)[-1].name
@@ -243,6 +243,14 @@ def test_a_worker_of_a_cluster_masks_as_the_driver_does(folder: Path, tmp_path: 
     scores = scorer_of(loaded).score(recipes, task.requests).loglikelihood
     expected = {(recipe, r): scores[i, j] for i, recipe in enumerate(recipes) for j, r in enumerate(task.requests)}
     assert answers == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_encoder_has_no_cache_to_average(loaded: models.LoadedModel, tmp_path: Path) -> None:
+    assert setting_of(loaded).kv == "exact"
+    with Store(tmp_path) as store:
+        with pytest.raises(UsageError, match="^tiny predicts masked tokens and has no KV cache: leave --kv out$"):
+            evaluate(loaded, [identity()], tasks.build(["laser_fever"], limit=2), store, kv="mean")
+        assert store.settings() == [] and store.recipes() == {}
 
 
 def test_the_pace_of_an_encoder_is_measured(loaded: models.LoadedModel) -> None:
@@ -317,7 +325,7 @@ def first_at_mask(model: Any, request: Request) -> int:
 
 def test_another_masking_is_another_study(tmp_path: Path) -> None:
     losses = []
-    for masking in models.MASKINGS:
+    for masking in MASKINGS:
         loaded = loaded_of().scored(masking)
         with Store(tmp_path) as store:
             run_laser(loaded, store=store, task_names=TASKS[:1], select="full", compose="none", **ASKED)
@@ -365,6 +373,20 @@ def test_commands_take_encoders(
     assert main(["run", model, "The sky is", "-s", "0:3", "--max-new-tokens", "3"]) == 0
     text = capsys.readouterr().out
     assert text.count("The sky is") == 2 and text.startswith("schedule: 0:3 (3 of 4 layers")
+
+
+def test_commands_refuse_averaged_caches_of_encoders_and_other_masks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["eval", str(folder), "-s", "0:3", "--tasks", "laser_fever", "--limit", "4", "-o", "run"]
+    for line in (["run", str(folder), "The sky is", "-s", "0:3"], asked, [*asked, "--dry-run"]):
+        assert main([*line, "--kv", "mean"]) == 2
+        assert "predicts masked tokens and has no KV cache: leave --kv out" in capsys.readouterr().err
+    with Store(tmp_path / "run", readonly=True) as store:
+        assert store.runs() == []
+    assert main([*asked, "--masking", "some"]) == 2
+    assert "'some' is not one of 'together', 'each', 'authors'" in capsys.readouterr().err
 
 
 def test_commands_refuse_encoders_without_a_head_and_masks_for_decoders(

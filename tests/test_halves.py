@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import DECODERS, DEPTH, FAMILIES, inputs, shared
+from families import DECODERS, DEPTH, FAMILIES, build, inputs, shared
 from impasto.anatomy import anatomy
 from impasto.errors import UnsupportedModel
 from impasto.halves import halves, members
@@ -86,6 +86,22 @@ def test_every_child_with_matrices_belongs_to_its_half(family: str, attention: s
     assert {name for name, half in found.items() if half == "attn"} == attention
     assert {name for name, half in found.items() if half == "mlp"} == mlp
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_block_is_heard_once_and_what_comes_behind_it_is_not_run() -> None:
+    model = build("opt")
+    body, calls = anatomy(model), []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name, module in (("model", model), ("behind", body.layers[3]))
+    ]
+    found = members(model, body, 2)
+    assert calls.count("model") == 2 and "behind" not in calls  # the halves, then the members
+    assert members(model, body, 2) == found
+    assert halves(model, body, 2) is halves(model, body, 2)
+    assert calls.count("model") == 2
+    for handle in handles:
+        handle.remove()
 
 
 def test_the_mlp_half_mixes_no_positions_and_the_attention_half_does() -> None:

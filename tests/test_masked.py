@@ -27,7 +27,7 @@ from impasto.masked import MaskedScorer, Masker
 from impasto.matrices import matched
 from impasto.models import adopt
 from impasto.recipe import Recipe
-from impasto.result import RANK, Request
+from impasto.result import MASKINGS, RANK, Request
 from impasto.scoring import Batch
 from impasto.screening import screen
 from impasto.store import Store
@@ -292,6 +292,29 @@ def test_text_is_the_likeliest_token_at_each_mask(family: str) -> None:
     assert told == dict(enumerate(answers))
 
 
+def test_text_is_written_in_smaller_batches_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = usual()
+    requests = [Request("generate", "a" * length) for length in (3, 5, 8, 13, 21)]
+    plain = masked.respond(model, TOKENIZER, requests, masks=2)
+    real, sizes = type(model).forward, []
+
+    def scarce(self: Any, input_ids: torch.Tensor, **more: Any) -> Any:
+        sizes.append(input_ids.numel())
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, input_ids, **more)
+
+    monkeypatch.setattr(type(model), "forward", scarce)
+    limit, told = 40, []
+    answers = masked.respond(model, TOKENIZER, requests, masks=2, on_response=lambda place, _: told.append(place))
+    assert answers == plain
+    assert sorted(told) == [0, 1, 2, 3, 4]
+    assert sizes[0] == 5 * 25 and min(sizes) <= limit  # 21 letters, two masks, two special tokens
+    limit = 20
+    with pytest.raises(OutOfMemory, match=r"^one sequence of 25 tokens does not fit into the memory of cpu: use a sm"):
+        masked.respond(model, TOKENIZER, requests, masks=2)
+
+
 def test_logits_that_are_not_finite_give_no_text() -> None:
     model = encoder()
     with torch.no_grad():
@@ -370,6 +393,24 @@ def test_what_is_foretold_of_edits_are_the_slopes_of_finite_differences(
     np.testing.assert_allclose(changes[0], expected, rtol=5e-3, atol=1e-5)
     np.testing.assert_allclose(changes[1], changes[0], rtol=1e-5)
     assert max(map(abs, expected)) > 1e-4
+
+
+@pytest.mark.parametrize("masking", ["together", "authors"])
+def test_curvature_is_half_the_mean_square_of_each_requests_change(masking: str, tmp_path: Path) -> None:
+    """Exact where every batch is one request, whatever its loss is divided by."""
+    model = families.build("bert", torch.float64, vocab_size=SIZE)
+    name = anatomy(model).matrices(2)[-1].name
+    edits = [f"4.{name}@0.3", f"1.{name}@0", f"2:4.{name}@prune0.5"]
+    loaded = adopt(model, TOKENIZER).scored(masking)
+    asked = ask(*((f"{start}{start} is", " a" * (1 + i % 2)) for i, start in enumerate("abcdef")))
+    alone = [[one.change for one in screen(loaded, [r], edits, folder=tmp_path)] for r in asked]
+    found = screen(loaded, asked, edits, folder=tmp_path, curvature=True, batch_tokens=1)
+    np.testing.assert_allclose([one.change for one in found], np.mean(alone, 0), rtol=1e-5)
+    np.testing.assert_allclose([one.curvature for one in found], np.mean(np.square(alone), 0) / 2, rtol=1e-4)
+
+
+def test_every_way_to_mask_is_known_to_the_scorer() -> None:
+    assert set(masked.WAYS) == set(MASKINGS)
 
 
 def test_screening_leaves_a_masked_model_as_it_was(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import textwrap
 
 import pytest
 
+import families
 from impasto import models, report
-from impasto.errors import StoreError, UsageError
+from impasto.errors import StoreError, UnsupportedModel, UsageError
 from impasto.recipe import Recipe
 from impasto.schedule import Schedule
 from impasto.store import Store
 from impasto.studies.run import dry_run_painters, page_of, run_painters
-from tiny import tiny_model, tiny_tokenizer
+from tiny import masking_tokenizer, tiny_model, tiny_tokenizer
 
 ASKED = {"task_names": ["impasto_tiny_choice", "impasto_tiny_lastword"], "limit": 8, "seeds": 2}
 METHODS = ["skip_one", "swap", "skip", "reverse", "parallel", "looped_parallel", "random_order", "middle_repeat"]
@@ -97,6 +98,22 @@ def test_an_interrupted_study_goes_on_and_shows_what_is_there(loaded, study, tmp
     assert len(page_of(tmp_path).answers) == len(page.answers)
     with Store(tmp_path) as store:
         assert run_painters(loaded, store=store, methods=METHODS, **ASKED).answers == page.answers
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_models_that_predict_no_next_tokens_are_refused_before_anything_is_kept(tmp_path, headless):
+    model = families.build("bert", vocab_size=len(masking_tokenizer()))
+    loaded = models.adopt(model.bert if headless else model, masking_tokenizer(), name="tiny")
+    text = (
+        "has no head that predicts tokens" if headless else "^tiny does not predict next tokens, and the painters study"
+    )
+    with Store(tmp_path) as store:
+        for run in (run_painters, dry_run_painters):
+            with pytest.raises(UnsupportedModel, match=text):
+                run(loaded, store=store, **ASKED)
+        assert store.settings() == []
+    with pytest.raises(StoreError):
+        page_of(tmp_path)
 
 
 def test_a_dry_run_counts_and_keeps_nothing(loaded, study, tmp_path):

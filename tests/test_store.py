@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from impasto.errors import StoreError
 from impasto.recipe import Recipe
 from impasto.records import from_json, to_json
-from impasto.result import Request, Response, Result, Setting, digest
+from impasto.result import MASKINGS, Request, Response, Result, Setting, digest
 from impasto.store import FILENAME, Store, duplicate
 
 SETTING = Setting("some/model", "w0", "float32", "cpu")
@@ -418,7 +418,7 @@ def test_an_older_format_is_read(tmp_path: Path, readonly: bool) -> None:
 
 
 def test_answers_of_masked_tokens_are_kept_apart_and_other_settings_keep_their_names(tmp_path: Path) -> None:
-    ways = [SETTING, *(replace(SETTING, masking=name) for name in ("together", "each", "authors"))]
+    ways = [SETTING, *(replace(SETTING, masking=name) for name in MASKINGS)]
     assert len({way.fingerprint for way in ways}) == 4
     assert SETTING.fingerprint == digest("setting", "w0", "float32", "cpu", "exact", "sdpa")
     with Store(tmp_path) as store:

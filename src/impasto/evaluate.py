@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 from impasto.apply import applied, worn
 from impasto.edit import Edit
-from impasto.errors import ImpastoError
+from impasto.errors import ImpastoError, UsageError
 from impasto.fast import hastened
 from impasto.fetch import cache_root
 from impasto.generation import respond
@@ -114,6 +114,7 @@ def evaluate(
         One result per recipe and task: all tasks of the first recipe, then of the second, and so on.
 
     Raises:
+        UsageError: a masked model and averaged caches.
         OutOfMemory: a single request does not fit; what was answered before is kept.
         ImpastoError: workers could not answer everything; names what is lacking, after all else is measured and kept.
     """
@@ -217,9 +218,14 @@ def plan(
 
 
 def setting_of(loaded: LoadedModel, kv: KV = "exact") -> Setting:
-    """What must be equal for numbers of this model to be comparable."""
-    own = loaded.setting
-    return replace(own, kv=kv)
+    """What must be equal for numbers of this model to be comparable.
+
+    Raises:
+        UsageError: a masked model, which keeps no keys and values, with any cache but the exact one.
+    """
+    if loaded.masked and kv != "exact":
+        raise UsageError(f"{loaded.name} predicts masked tokens and has no KV cache: leave --kv out")
+    return replace(loaded.setting, kv=kv)
 
 
 def describe(task: TaskSet) -> dict[str, object]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from impasto.anatomy import Anatomy, probe_inputs, quietly
 from impasto.errors import UnsupportedModel
-from impasto.taps import Context, hidden_of, real_call, tapped
+from impasto.taps import Context, Enough, hidden_of, real_call, tapped
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where a block keeps what runs it again in the backward pass
 
@@ -85,6 +86,7 @@ class Halves:
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, Halves] = weakref.WeakKeyDictionary()
+_MEMBERS: weakref.WeakKeyDictionary[nn.Module, Mapping[str, str]] = weakref.WeakKeyDictionary()
 
 
 def halves(model: nn.Module, anatomy: Anatomy, layer: int) -> Halves:
@@ -101,8 +103,10 @@ def halves(model: nn.Module, anatomy: Anatomy, layer: int) -> Halves:
     return known
 
 
-def members(model: nn.Module, anatomy: Anatomy, layer: int) -> dict[str, str]:
+def members(model: nn.Module, anatomy: Anatomy, layer: int) -> Mapping[str, str]:
     """Which half each child of a block that holds weight matrices works for, "attn" or "mlp", by the child's name.
+
+    Found once per layer.
 
     The child that is muted is the last of its half; some blocks keep what comes before it in children of their own. A
     child belongs to a half if it makes no difference without it and does with it; those of neither half are left out.
@@ -110,7 +114,15 @@ def members(model: nn.Module, anatomy: Anatomy, layer: int) -> dict[str, str]:
     Raises:
         UnsupportedModel: the block cannot be split.
     """
-    block, found = anatomy.layers[layer], halves(model, anatomy, layer)
+    block = anatomy.layers[layer]
+    known = _MEMBERS.get(block)
+    if known is None:
+        known = MappingProxyType(_owners(model, block, halves(model, anatomy, layer)))
+        _MEMBERS[block] = known
+    return known
+
+
+def _owners(model: nn.Module, block: nn.Module, found: Halves) -> dict[str, str]:
     owners = {found.attention.name: "attn", found.mlp.name: "mlp"}
     with quietly(model):
         hidden, context = _heard(model, block)
@@ -140,14 +152,14 @@ def _spoilt(child: nn.Module) -> AbstractContextManager[None]:
 
 
 def _heard(model: nn.Module, block: nn.Module) -> tuple[Tensor, Context]:
-    """How a model calls one of its blocks on a few tokens."""
+    """How a model calls one of its blocks on a few tokens; what comes behind the block is not run."""
     captured: list[tuple[Tensor, Context]] = []
 
     def capture(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         captured.append(Context.split(args, kwargs))
-        return real_call(block, args, kwargs)
+        raise Enough
 
-    with tapped([block], capture):
+    with tapped([block], capture), contextlib.suppress(Enough):
         options = {"use_cache": False} if getattr(model.config, "use_cache", None) else {}
         model(**probe_inputs(model), **options)
     return captured[0]

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from impasto.anatomy import Anatomy, at_hand, input_device, probe_inputs, quietly, split
-from impasto.levels import Enough, record
-from impasto.taps import real_call, tapped
+from impasto.levels import record
+from impasto.taps import Enough, real_call, tapped
 
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits of one slice (positions x words)
 PROBE = 3

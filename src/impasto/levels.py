@@ -19,11 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from impasto.anatomy import Anatomy
 from impasto.forest import Forest, Row
-from impasto.taps import Context, hidden_of, real_call, tapped
-
-
-class Enough(Exception):
-    """Ends a forward pass when everything that was wanted has been heard."""
+from impasto.taps import Context, Enough, hidden_of, real_call, tapped
 
 
 @dataclass(frozen=True, eq=False)

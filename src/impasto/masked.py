@@ -49,7 +49,7 @@ Wear = Callable[[int, tuple[Edit, ...]], AbstractContextManager[object]]
 WAYS: Mapping[str, tuple[Masking, Lengths]] = MappingProxyType(
     {"together": ("together", "tokens"), "each": ("each", "tokens"), "authors": ("together", "authors")}
 )
-"""What `Setting.masking` stands for: how tokens are masked, and how many of them are said to be scored."""
+"""What each of `result.MASKINGS` stands for: how tokens are masked, and how many of them are said to be scored."""
 
 BUDGET = {"cpu": 2048, "cuda": 32768}  # padded tokens of one batch, before memory says otherwise
 MASKS = 5  # how many tokens the paper's encoders write
@@ -251,15 +251,8 @@ class MaskedScorer:
 
         def smaller(queue: list[list[tuple[int, ...]]]) -> list[list[tuple[int, ...]]]:
             nonlocal total
-            rows = queue[0]
-            if len(rows) == 1:
-                raise OutOfMemory(
-                    f"one sequence of {len(rows[0])} tokens does not fit into the memory of {self.device}: "
-                    "use a smaller dtype, or a device with more memory"
-                )
-            self.budget = budget = padded(rows) // 2
-            self.note(f"out of memory: token budget halved to {budget}")
-            cut = [part for batch in queue for part in packed(batch, budget)]
+            self.budget, cut = halved(queue, self.device)
+            self.note(f"out of memory: token budget halved to {self.budget}")
             total = done + sum(map(padded, cut))
             return cut
 
@@ -459,12 +452,13 @@ def respond(
         requests: of kind "generate".
         masks: how many tokens to write.
         specials: see `Masker`.
-        budget: padded tokens per batch; None: by device.
+        budget: padded tokens per batch, halved by itself where memory does not suffice; None: by device.
         window: see `Masker`.
         on_response: called with each answer and the number of its request.
 
     Raises:
         UsageError: a request of another kind, no masks, or a tokenizer without a mask token.
+        OutOfMemory: a single sequence does not fit; what was answered before has gone to `on_response`.
     """
     if masks < 1:
         raise UsageError(f"at least one token must be written, not {masks}")
@@ -490,22 +484,33 @@ def likeliest(
         model: a masked language model, run as it is.
         masker: of its tokenizer.
         asked: what stands around the masks; equal sequences are run once.
-        budget: padded tokens per batch; None: by device.
+        budget: padded tokens per batch, halved by itself where memory does not suffice; None: by device.
 
     Yields:
         The number of each entry of `asked` with its tokens, batch by batch.
+
+    Raises:
+        OutOfMemory: a single sequence does not fit.
     """
     sheet = Sheet(asked, [False] * len(asked), "together", masker.mask, 1, "tokens")
     device = input_device(model)
     arguments = anatomy(model).arguments
-    for rows in sheet.batches(budget or BUDGET.get(device.type, BUDGET["cuda"])):
+
+    def run(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...] | None]]:
+        found: list[tuple[int, tuple[int, ...] | None]] = []
         with quietly(model):
             logits = model(**_inputs(rows, arguments, device)).logits
-        for number, row in enumerate(rows):
-            for index in dict.fromkeys(index for index, _ in sheet.wanted[row]):
-                start = len(asked[index].left)
-                best = logits[number, start : start + len(asked[index].targets)].max(-1)
-                yield index, tuple(best.indices.tolist()) if bool(best.values.isfinite().all()) else None
+            for number, row in enumerate(rows):
+                for index in dict.fromkeys(index for index, _ in sheet.wanted[row]):
+                    start = len(asked[index].left)
+                    best = logits[number, start : start + len(asked[index].targets)].max(-1)
+                    finite = bool(best.values.isfinite().all())
+                    found.append((index, tuple(best.indices.tolist()) if finite else None))
+        return found
+
+    queue = sheet.batches(budget or BUDGET.get(device.type, BUDGET["cuda"]))
+    for _, answers in memory.batch_by_batch(queue, run, lambda left: halved(left, device)[1]):
+        yield from answers
 
 
 def _inputs(rows: Sequence[tuple[int, ...]], arguments: frozenset[str], device: torch.device) -> dict[str, Any]:
@@ -531,6 +536,22 @@ def packed(rows: Sequence[tuple[int, ...]], budget: int) -> list[list[tuple[int,
         else:
             found.append([row])
     return found
+
+
+def halved(queue: Sequence[Sequence[tuple[int, ...]]], device: torch.device) -> tuple[int, list[list[tuple[int, ...]]]]:
+    """What is left in batches of half the size of the first, which did not fit into memory, and that size in tokens.
+
+    Raises:
+        OutOfMemory: the first batch is a single sequence.
+    """
+    rows = queue[0]
+    if len(rows) == 1:
+        raise OutOfMemory(
+            f"one sequence of {len(rows[0])} tokens does not fit into the memory of {device}: "
+            "use a smaller dtype, or a device with more memory"
+        )
+    budget = padded(rows) // 2
+    return budget, [part for batch in queue for part in packed(batch, budget)]
 
 
 def padded(rows: Sequence[tuple[int, ...]]) -> int:

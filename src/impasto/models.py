@@ -30,12 +30,11 @@ import torch
 
 from impasto import fetch
 from impasto.errors import FetchError, ImpastoError, OutOfMemory, UnknownModel, UnsupportedModel, UsageError
-from impasto.result import Setting
+from impasto.result import MASKINGS, Setting
 
 EXACT = 2 << 30  # bytes of float32 up to which a de-quantised model is stored without rounding
 LARGE = 10_000  # words in a vocabulary that is not of single signs
 PLAIN = "A Quick Fox, 12 words."  # what any tokenizer should give back
-MASKINGS = ("together", "each", "authors")  # ways to score with a masked model; `impasto.masked.WAYS` says what each is
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,9 +88,9 @@ class LoadedModel:
         """The same masked language model, its texts to be scored in another way.
 
         Args:
-            masking: a name in `MASKINGS`. "together" masks all tokens of an answer at once, as in the LASER paper,
-                "each" one at a time; "authors" is "together" with the lengths of the LASER authors' code, one token
-                too many, for comparison only.
+            masking: a name in `impasto.result.MASKINGS`. "together" masks all tokens of an answer at once, as in the
+                LASER paper, "each" one at a time; "authors" is "together" with the lengths of the LASER authors'
+                code, one token too many, for comparison only.
 
         Raises:
             UsageError: no such way, or the model is no masked language model.
@@ -222,7 +221,7 @@ def _loaded(name: str, model: Any, tokenizer: Any, weights: str, source: str) ->
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=input_device(model).type,
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
-        masking=MASKINGS[0] if predicts_masked(model) else "",
+        masking=next(iter(MASKINGS)) if predicts_masked(model) else "",
     )
     text = model.config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)

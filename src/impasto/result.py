@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 Kind = Literal["loglikelihood", "rolling", "generate"]
@@ -81,6 +82,16 @@ class Response:
     rank: int | None = None
 
 
+MASKINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "together": "all tokens of an answer masked at once",
+        "each": "the tokens of an answer masked one at a time",
+        "authors": "all tokens of an answer masked at once, losses per token over one token too many",
+    }
+)
+"""Ways to score with a model that predicts masked tokens, the usual one first, and what each is, in words."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What must be equal for two numbers to be comparable: the weights and how they were run."""
@@ -91,7 +102,7 @@ class Setting:
     device: str  # "cpu" or "cuda"
     kv: str = "exact"
     attention: str = "sdpa"
-    masking: str = ""  # how masked tokens are scored, a name in `impasto.models.MASKINGS`; "" predicts next tokens
+    masking: str = ""  # how masked tokens are scored, a name in `MASKINGS`; "" predicts next tokens
 
     @cached_property
     def fingerprint(self) -> str:

@@ -349,7 +349,7 @@ class _Sweep(ABC):
 
     def _gradients(self, batch: Any) -> tuple[list[Tensor], float]:
         found = self.run(batch)
-        last, count = found.states, float(found.shares.sum())
+        last, count = found.states, found.requests
         if not last.requires_grad:  # no token came by any of the matrices
             return [torch.zeros_like(p, dtype=_wide(p)) for p in self.parameters], count
         tokens, shares = (one.to(last.device) for one in (found.tokens, found.shares))
@@ -360,11 +360,16 @@ class _Sweep(ABC):
 
 @dataclass(frozen=True, eq=False)
 class _Scored:
-    """Scored positions: the states there, the tokens they must predict, their weights in the loss."""
+    """Scored positions: the states there, the tokens they must predict, their weights in the loss.
+
+    `requests` is how many requests these positions are, one of k positions of a request for a k-th. The weights of a
+    request need not add up to 1: where its length is said to be one token more, they do not.
+    """
 
     states: Tensor
     tokens: Tensor
     shares: Tensor
+    requests: float
 
 
 class _NextSweep(_Sweep):
@@ -403,7 +408,8 @@ class _NextSweep(_Sweep):
             targets, share = self.pieces[sequence].targets, self.shares[sequence]
             for (level, row, column), token in zip(forest.tail(sequence, len(targets)), targets, strict=True):
                 found[level].append((row, column, token, share))
-        return _gathered(states, found, scorer.device)
+        requests = sum(share for spots in found for *_, share in spots)
+        return _gathered(states, found, requests, scorer.device)
 
 
 class _MaskedSweep(_Sweep):
@@ -432,11 +438,15 @@ class _MaskedSweep(_Sweep):
             (*spot, 1 / int(self.sheet.tokens[request]))
             for spot, request in zip(self.sheet.spots(batch), owners, strict=True)
         ]
-        return _gathered([self.scorer.through(batch)], [spots], self.scorer.device)
+        requests = sum(1 / len(self.sheet.asked[request].targets) for request in owners)
+        return _gathered([self.scorer.through(batch)], [spots], requests, self.scorer.device)
 
 
 def _gathered(
-    states: Sequence[Tensor], spots: Sequence[Sequence[tuple[int, int, int, float]]], device: torch.device
+    states: Sequence[Tensor],
+    spots: Sequence[Sequence[tuple[int, int, int, float]]],
+    requests: float,
+    device: torch.device,
 ) -> _Scored:
     """What stands at the spots (row, column, token, share) of each level's states, level by level."""
     picked = []
@@ -447,6 +457,7 @@ def _gathered(
         torch.cat(picked, dim=-2),
         torch.tensor([token for here in spots for _, _, token, _ in here], dtype=torch.long),
         torch.tensor([share for here in spots for *_, share in here], dtype=torch.float32),
+        requests,
     )
 
 

@@ -61,6 +61,10 @@ class Context:
         yield from self.kwargs.values()
 
 
+class Enough(Exception):
+    """Ends a forward pass when everything that was wanted has been heard."""
+
+
 Handler = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from impasto import __version__, console
-from impasto.cli import ranks
+from impasto.cli import processes
 from impasto.cli.bench import bench
 from impasto.cli.corpus import corpus
 from impasto.cli.evaluate import evaluate
@@ -89,12 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     tidy, debug = understood(given)
     console.forgive()
-    number = ranks.number(tidy)
+    number = processes.number(tidy)
     try:
-        with ranks.hushed() if number else contextlib.nullcontext():
+        with processes.hushed() if number else contextlib.nullcontext():
             code = app(args=tidy, prog_name="impasto", standalone_mode=False)
-        if ranks.asked(tidy):
-            ranks.leave()
+        if processes.asked(tidy):
+            processes.leave()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:  # the reader has seen enough
@@ -149,6 +149,6 @@ def _farewell(arguments: Sequence[str]) -> str:
     if command not in _CONTINUES:
         return "stopped"
     line = shlex.join(["impasto", *arguments])
-    if ranks.asked(understood(arguments)[0]):
-        line = f"torchrun --nproc-per-node {ranks.together()} -m {line}"
+    if processes.asked(understood(arguments)[0]):
+        line = f"torchrun --nproc-per-node {processes.together()} -m {line}"
     return f"stopped; everything measured is kept. To continue: {line}"

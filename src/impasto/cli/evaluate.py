@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -98,9 +97,10 @@ def evaluate(
         attn_implementation,
         device_map,
         tp_plan,
-        masking and masking.value,
+        masking,
     )
     from impasto import tasks as benchmarks
+    from impasto.evaluate import setting_of
 
     def asked(progress: Phases, tokenizer: Any = None) -> list[TaskSet]:
         progress.bytes("reading the tasks", 0, 0)
@@ -122,6 +122,7 @@ def evaluate(
             questions = [] if apply_chat_template else asked(progress)
             loaded = loading.load(model, progress)
             require_tokenizer(loaded)
+            setting = setting_of(loaded, kv.value)
             questions = questions or asked(progress, loaded.tokenizer)
             chosen = compared(loaded, schedule, edit)
             if dry_run:
@@ -136,10 +137,11 @@ def evaluate(
             out.print()
             out.print(task_title(task))
             out.print(comparison(chosen, [by_name[r.fingerprint, task.name] for r in chosen]))
-        paths = [_export(store, loaded, recipe, kv) for recipe in chosen]
+        exports = store.folder / "lm-eval"
+        paths = [store.export_lm_eval(exports, setting, recipe.fingerprint) for recipe in chosen]
     out.print()
     out.print(console.plain(f"results: {store.path}"), soft_wrap=True)
-    out.print(console.plain(f"lm-eval: {paths[0].parent}, {len(paths)} files"), soft_wrap=True)
+    out.print(console.plain(f"lm-eval: {exports}, {len(paths)} files"), soft_wrap=True)
 
 
 def compared(loaded: LoadedModel, schedules: Sequence[str], edits: Sequence[str]) -> list[Recipe]:
@@ -172,12 +174,6 @@ def _measured(
         progress=progress.share,
         note=progress.note,
     )
-
-
-def _export(store: Store, loaded: LoadedModel, recipe: Recipe, kv: options.KV) -> Path:
-    from impasto.evaluate import setting_of
-
-    return store.export_lm_eval(store.folder / "lm-eval", setting_of(loaded, kv.value), recipe.fingerprint)
 
 
 # What is printed -------------------------------------------------------------------------------------------------

@@ -128,8 +128,7 @@ def laser(
     tokens = options.batch_tokens(batch_size)
     where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
     folder = run_folder(output, model, f"laser-{protocol.value}")
-    way = masking and masking.value
-    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, masking=way)
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, masking=masking)
     asked: dict[str, Any] = {
         "protocol": protocol.value,
         "task_names": options.split(tasks) or None,

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from impasto.cli import ranks
+from impasto.cli import processes
 from impasto.console import Phases
 from impasto.errors import NotationError, UsageError
 
@@ -45,7 +45,7 @@ class Loading:
             raise UsageError(
                 "give --device-map or --tp-plan, not both: the one spreads whole layers, the other splits each"
             )
-        if ranks.together() < 2:
+        if processes.together() < 2:
             raise UsageError(
                 "--tp-plan splits every layer over several processes, and this is one: start them with "
                 "`torchrun --nproc-per-node N -m impasto ...`"
@@ -63,7 +63,7 @@ class Loading:
         if dry_run:
             with looking(folder) as store:
                 yield store
-        elif self.tp_plan is None or ranks.rank() == 0:
+        elif self.tp_plan is None or processes.rank() == 0:
             with Store(folder) as store:
                 yield store
         else:

@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from impasto.errors import UsageError
+from impasto.result import MASKINGS
 
 if TYPE_CHECKING:
     from impasto.cluster import Cluster
-
-
-class Masking(StrEnum):
-    """How the tokens of an answer are masked, where the model predicts masked tokens."""
-
-    together = "together"
-    each = "each"
-    authors = "authors"
 
 
 class KV(StrEnum):
@@ -33,6 +26,12 @@ class TPPlan(StrEnum):
     """How layers are split over processes."""
 
     auto = "auto"
+
+
+def _masking(name: str) -> str:
+    if name not in MASKINGS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, MASKINGS))}.")
+    return name
 
 
 _LOADING = "How the model is loaded"
@@ -104,9 +103,11 @@ IncludePath = Annotated[
     ),
 ]
 Masks = Annotated[
-    Masking | None,
+    str | None,
     typer.Option(
         "--masking",
+        metavar=f"[{'|'.join(MASKINGS)}]",
+        parser=_masking,
         rich_help_panel=_ASKING,
         help="Encoders: mask an answer's tokens together, or each in turn; `authors` counts one token too many.",
     ),

@@ -11,7 +11,7 @@ from typing import Any
 from impasto.errors import StoreError
 from impasto.recipe import Recipe
 from impasto.records import Run
-from impasto.result import Page, Setting
+from impasto.result import MASKINGS, Page, Setting
 from impasto.schedule import Schedule
 from impasto.store import Store
 from impasto.studies import painters
@@ -153,13 +153,7 @@ def _shown(name: str) -> str:
 
 def _scored(setting: Setting) -> str:
     """How answers were read off the model, in words."""
-    masked = {
-        "": "exact KV cache",
-        "together": "all tokens of an answer masked at once",
-        "each": "the tokens of an answer masked one at a time",
-        "authors": "all tokens of an answer masked at once, losses per token over one token too many",
-    }
-    return masked[setting.masking]
+    return MASKINGS[setting.masking] if setting.masking else "exact KV cache"
 
 
 def provenance(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impasto.errors import UsageError
+from impasto.errors import UnsupportedModel, UsageError
 from impasto.recipe import Recipe
 from impasto.result import Page, Setting
 from impasto.schedule import Schedule
@@ -110,6 +110,7 @@ def run_painters(
         note: told in a sentence what the user should know.
 
     Raises:
+        UnsupportedModel: the model does not predict next tokens; the folder is left as it was.
         UsageError: unknown protocol, methods or tasks.
         ImpastoError: something could not be measured; all else is kept, and `page_of` makes a page of it.
     """
@@ -179,8 +180,12 @@ def _prepare(
     progress: Progress | None,
     note: Note | None,
 ) -> _Study:
+    from impasto.anatomy import anatomy
     from impasto.evaluate import next_scorer, setting_of
 
+    loaded.require_head()
+    if loaded.masked or not anatomy(loaded.model).cached:
+        raise UnsupportedModel(f"{loaded.name} does not predict next tokens, and the painters study asks for them")
     chosen = protocol(name)
     names = tuple(task_names or chosen.tasks)
     tasks = list(_tasks(chosen, names, limit, include, progress, note))
