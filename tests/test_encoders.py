@@ -35,7 +35,7 @@ from impasto.studies.laser.parts import matrices, pairs
 from impasto.studies.laser.protocol import PROTOCOLS
 from impasto.studies.laser.run import dry_run_laser, page_of, run_laser
 from impasto.studies.laser_tail import tail_answers
-from tiny import masking_tokenizer, tiny_model, tiny_tokenizer
+from tiny import claims, facts, laser_data, masking_tokenizer, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 TOKENIZER = masking_tokenizer()
@@ -68,24 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A few rows of two benchmarks, and a cache, named in the environment."""
-    place = tmp_path_factory.mktemp("data")
-    facts = [
-        {
-            "case_id": i,
-            "prompt": f"Thing {i} is",
-            "subject": f"Thing {i}",
-            "target_true": ("a", "bc")[i % 2],
-            "paraphrase_prompt": f"They say {i} is",
-        }
-        for i in range(40)
-    ]
-    claims = [{"claim": f"Claim {i}", "label": ("SUPPORTS", "REFUTES")[i % 2]} for i in range(60)]
-    for name, rows in (("counterfact", facts), ("fever", claims)):
-        (place / name).mkdir()
-        (place / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IMPASTO_DATA", str(place))
-        patch.setenv("IMPASTO_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.mktemp("data")
+    with laser_data(folder, counterfact=facts(("a", "bc")), fever=claims()) as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from decimal import Decimal
 
@@ -39,7 +38,7 @@ from impasto.studies.laser.page import page
 from impasto.studies.laser.parts import items, pairs
 from impasto.studies.laser.protocol import PROTOCOLS, Matrix, Report, adapted, edit
 from impasto.studies.laser.run import page_of, run_laser
-from tiny import tiny_model, tiny_tokenizer
+from tiny import facts, laser_data, tiny_model, tiny_tokenizer, write_rows
 
 ASKED = {"task_names": ["laser_counterfact"], "limit": 6, "rhos": ["0.3"], "screen": 3, "compose": "none"}
 COLOURS = ("red", "blue", "green")
@@ -54,25 +53,10 @@ def loaded():
 def data(tmp_path_factory):
     """Facts of two relations, how often each is mentioned, and a text."""
     folder = tmp_path_factory.mktemp("data")
-    facts = [
-        {
-            "case_id": i,
-            "prompt": f"Thing {i} is",
-            "subject": f"Thing {i}",
-            "target_true": COLOURS[i % 3],
-            "paraphrase_prompt": f"They say thing {i} is",
-            "relation": f"kind {i % 2}",
-        }
-        for i in range(40)
-    ]
     counts = [{"subject": f"Thing {i}", "answer": COLOURS[i % 3], "documents": i * i} for i in range(39)]
-    (folder / "counterfact").mkdir()
-    for path, rows in ((folder / "counterfact" / "rows.jsonl", facts), (folder / "counts.jsonl", counts)):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "counts.jsonl", counts)
     (folder / "story.txt").write_text("The sun is in the sky. The sky is not the sun. " * 12)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IMPASTO_DATA", str(folder))
-        patch.setenv("IMPASTO_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with laser_data(folder, counterfact=facts(COLOURS, ("kind 0", "kind 1"))):
         yield folder
 
 
@@ -262,7 +246,7 @@ def test_bounds_are_the_paper_s_or_thirds_of_facts(counts, wordings):
     found = deeper.bounds(Mentions("phrase", "", asked), tuple(i // wordings for i in range(len(asked))))
     known = [count for count in counts if count is not None]
     sides = sum(count < 50 for count in known), sum(count > 1000 for count in known)
-    if not known or min(sides) >= deeper.FEWEST:
+    if not known or min(sides) >= deeper.ENOUGH:
         assert found == (50, 1000)
     else:
         low, high = found

@@ -63,7 +63,7 @@ from impasto.studies.laser.protocol import (
 )
 from impasto.studies.laser.run import best, dry_run_laser, page_of, run_laser
 from impasto.studies.pages import page_of as any_page_of
-from tiny import tiny_model, tiny_tokenizer
+from tiny import claims, facts, laser_data, tiny_model, tiny_tokenizer, write_rows
 
 TASK_NAMES = ["laser_fever", "laser_counterfact"]
 ASKED = {"task_names": TASK_NAMES, "limit": 6, "rhos": ["0.5", "0.1"], "screen": 6}
@@ -77,24 +77,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A folder with a few rows of two benchmarks, named in the environment."""
-    folder = tmp_path_factory.mktemp("data")
-    claims = [{"claim": f"Claim {i}", "label": ("SUPPORTS", "REFUTES")[i % 2]} for i in range(60)]
-    facts = [
-        {
-            "case_id": i,
-            "prompt": f"Thing {i} is",
-            "subject": f"Thing {i}",
-            "target_true": "abc"[i % 3],
-            "paraphrase_prompt": f"They say thing {i} is",
-        }
-        for i in range(40)
-    ]
-    for name, rows in (("fever", claims), ("counterfact", facts)):
-        (folder / name).mkdir()
-        (folder / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IMPASTO_DATA", str(folder))
-        patch.setenv("IMPASTO_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with laser_data(folder := tmp_path_factory.mktemp("data"), fever=claims(), counterfact=facts("abc")):
         yield folder
 
 
@@ -132,7 +115,7 @@ def test_what_chooses_and_what_reports_share_no_document(study, data):
 
 def test_a_document_that_stands_in_both_parts_is_not_chosen_on(tmp_path, data):
     rows = [{"q": f"{n if n < 60 else 'the same'} is", "n": n} for n in range(80)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "twice.yaml").write_text(
         textwrap.dedent(f"""
         task: twice

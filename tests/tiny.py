@@ -1,10 +1,14 @@
-"""A tiny tokenizer and tiny random models, made on the spot: no test needs a download."""
+"""A tiny tokenizer, tiny random models and rows of benchmarks, made on the spot: no test needs a download."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -75,3 +79,41 @@ def tiny_folder(folder: Path, **options: Any) -> Path:
     tiny_model(**options).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def facts(answers: Sequence[str], relations: Sequence[str] = ("",)) -> list[dict[str, Any]]:
+    """Forty rows of the LASER task of facts, each in two wordings; answers and relations in turns."""
+    return [
+        {
+            "case_id": i,
+            "prompt": f"Thing {i} is",
+            "subject": f"Thing {i}",
+            "target_true": answers[i % len(answers)],
+            "paraphrase_prompt": f"They say thing {i} is",
+            "relation": relations[i % len(relations)],
+        }
+        for i in range(40)
+    ]
+
+
+def claims() -> list[dict[str, Any]]:
+    """Sixty rows of the LASER task of claims."""
+    return [{"claim": f"Claim {i}", "label": ("SUPPORTS", "REFUTES")[i % 2]} for i in range(60)]
+
+
+@contextlib.contextmanager
+def laser_data(folder: Path, **benchmarks: Sequence[Mapping[str, Any]]) -> Iterator[pytest.MonkeyPatch]:
+    """Rows of benchmarks in a folder that the environment names, with a cache of its own, for a `with` block."""
+    for name, rows in benchmarks.items():
+        write_rows(folder / name / "rows.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMPASTO_DATA", str(folder))
+        patch.setenv("IMPASTO_CACHE", str(folder / "cache"))
+        yield patch
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """A file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -38,7 +38,7 @@ from impasto.levels import record, send
 from impasto.recipe import Recipe
 from impasto.result import Request, Response
 from impasto.runtime import merge
-from impasto.scoring import Batch, Scores, Work
+from impasto.scoring import Batch, Scores, Work, check
 from impasto.taps import Context, hidden_of, real_call
 from impasto.trie import Bundle, Dressed, Node, Symbol, count, naive_calls, plant
 
@@ -240,10 +240,7 @@ class MaskedScorer:
             UsageError: a request of another kind, or edits without a way to apply them.
             OutOfMemory: a single sequence does not fit; what was answered before has gone to `on_batch`.
         """
-        for recipe in recipes:
-            recipe.schedule.check(self.body.depth)
-            if recipe.edits and self.wear is None:
-                raise UsageError("these recipes have edits, and this scorer was made without a way to apply them")
+        check(recipes, self)
         sheet = self.sheet(requests, len(recipes))
         tree = plant(recipes)
         queue = sheet.batches(self.budget or 1)

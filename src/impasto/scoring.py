@@ -139,6 +139,10 @@ class Scoring(Protocol):
     def note(self) -> Callable[[str], None]:
         """Told in a sentence what the user should know."""
 
+    @property
+    def wear(self) -> Callable[[int, tuple[Edit, ...]], AbstractContextManager[object]] | None:
+        """Applies edits to a layer for the length of a `with` block."""
+
     def pieces(self, requests: Sequence[Request]) -> list[Piece]:
         """The sequences to run."""
 
@@ -157,6 +161,19 @@ class Scoring(Protocol):
         progress: Callable[[float], None] | None = None,
     ) -> Scores:
         """Answer every request under every recipe."""
+
+
+def check(recipes: Sequence[Recipe], scorer: Scoring) -> None:
+    """Make sure that a scorer can run recipes.
+
+    Raises:
+        NotationError: a schedule calls a layer that the model does not have.
+        UsageError: edits, and no way to apply them.
+    """
+    for recipe in recipes:
+        recipe.schedule.check(scorer.body.depth)
+        if recipe.edits and scorer.wear is None:
+            raise UsageError("these recipes have edits, and this scorer was made without a way to apply them")
 
 
 @dataclass
@@ -283,10 +300,7 @@ class Scorer:
         Raises:
             OutOfMemory: a single sequence does not fit; what was answered before has gone to `on_batch`.
         """
-        for recipe in recipes:
-            recipe.schedule.check(self.body.depth)
-            if recipe.edits and self.wear is None:
-                raise UsageError("these recipes have edits, and this scorer was made without a way to apply them")
+        check(recipes, self)
         if any(request.kind == "generate" for request in requests):
             raise UsageError("requests that generate text are answered by impasto.generation, not by the scorer")
         pieces = self.encoder.pieces(requests)

@@ -80,25 +80,11 @@ def evaluate(
         raise UsageError("no tasks: name some with --tasks lambada_openai,hellaswag (`impasto tasks` lists them)")
     tokens = options.batch_tokens(batch_size)
     check_texts(schedule, edit)
-    where = options.cluster(
-        ray,
-        workers,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        device_map=device_map,
-        tp_plan=tp_plan,
-    )
     folder = run_folder(output, model, "eval")
     loading = Loading(
-        device,
-        dtype,
-        revision,
-        trust_remote_code,
-        attn_implementation,
-        device_map,
-        tp_plan,
-        masking,
+        device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan=tp_plan, masking=masking
     )
+    where = loading.cluster(ray, workers)
     from impasto import tasks as benchmarks
     from impasto.evaluate import setting_of
 

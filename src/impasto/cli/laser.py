@@ -126,9 +126,9 @@ def laser(
       impasto study laser ./my-model --text novel.txt --frequencies counts.json
     """
     tokens = options.batch_tokens(batch_size)
-    where = options.cluster(ray, workers, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
     folder = run_folder(output, model, f"laser-{protocol.value}")
     loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, masking=masking)
+    where = loading.cluster(ray, workers)
     asked: dict[str, Any] = {
         "protocol": protocol.value,
         "task_names": options.split(tasks) or None,

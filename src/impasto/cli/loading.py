@@ -17,6 +17,7 @@ from impasto.console import Phases
 from impasto.errors import NotationError, UsageError
 
 if TYPE_CHECKING:
+    from impasto.cluster import Cluster
     from impasto.models import LoadedModel
     from impasto.recipe import Recipe
     from impasto.store import Store
@@ -71,6 +72,24 @@ class Loading:
                 duplicate(folder, nowhere)
                 with Store(nowhere) as store:
                     yield store
+
+    def cluster(self, address: str | None, workers: int | None) -> Cluster | None:
+        """The cluster that `--ray` and `--workers` ask for, whose workers load as this says; None is this process.
+
+        Raises:
+            MissingExtra: Ray is not installed.
+            UsageError: options that do not go together.
+        """
+        if address is None:
+            if workers is not None:
+                raise UsageError("--workers goes with --ray: `--ray local` starts workers on this host")
+            return None
+        for option, value in (("--device-map", self.device_map), ("--tp-plan", self.tp_plan)):
+            if value is not None:
+                raise UsageError(f"--ray gives each worker one device, and {option} several: leave one of them away")
+        from impasto.cluster import Cluster
+
+        return Cluster(address, workers, self.revision, self.trust_remote_code)
 
     def load(self, model: str, progress: Phases) -> LoadedModel:
         """The model, with its progress and its licence shown."""

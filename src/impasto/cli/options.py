@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from impasto.errors import UsageError
 from impasto.result import MASKINGS
-
-if TYPE_CHECKING:
-    from impasto.cluster import Cluster
 
 
 class KV(StrEnum):
@@ -137,34 +134,6 @@ Workers = Annotated[
         help="Workers under --ray; else one for each GPU, or for each machine without.",
     ),
 ]
-
-
-def cluster(
-    address: str | None,
-    workers: int | None,
-    *,
-    revision: str | None,
-    trust_remote_code: bool,
-    device_map: str | None,
-    tp_plan: str | None = None,
-) -> Cluster | None:
-    """The cluster that `--ray` and `--workers` ask for; None is this process.
-
-    Raises:
-        MissingExtra: Ray is not installed.
-        UsageError: options that do not go together.
-    """
-    if address is None:
-        if workers is not None:
-            raise UsageError("--workers goes with --ray: `--ray local` starts workers on this host")
-        return None
-    if device_map is not None:
-        raise UsageError("--ray gives each worker one device, and --device-map several: leave one of them away")
-    if tp_plan is not None:
-        raise UsageError("--ray gives each worker one device, and --tp-plan several: leave one of them away")
-    from impasto.cluster import Cluster
-
-    return Cluster(address, workers, revision, trust_remote_code)
 
 
 def split(names: str | None) -> list[str]:

@@ -53,7 +53,7 @@ def run(
     if schedule is None and not edit:
         raise UsageError("nothing to compare: give a schedule (-s '0:8 12:18') or an edit (-e '10.mlp.*@0.1')")
     check_texts([] if schedule is None else [schedule], edit)
-    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan)
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan=tp_plan)
     from impasto.evaluate import setting_of
 
     with console.phases() as progress:

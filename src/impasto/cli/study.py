@@ -75,16 +75,9 @@ def painters(
       impasto study painters ./my-model --protocol paper --ray local
     """
     tokens = options.batch_tokens(batch_size)
-    where = options.cluster(
-        ray,
-        workers,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        device_map=device_map,
-        tp_plan=tp_plan,
-    )
     folder = run_folder(output, model, f"painters-{protocol.value}")
-    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan)
+    loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan=tp_plan)
+    where = loading.cluster(ray, workers)
     from impasto import fetch
 
     with loading.store(folder, dry_run=dry_run) as store, console.phases() as progress:

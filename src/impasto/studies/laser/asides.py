@@ -13,8 +13,7 @@ from impasto.studies.facts import relations
 from impasto.studies.laser.evidence import BASE, CHOSEN, Mentions, Sheet, Spoken, Tail
 from impasto.studies.laser.kept import Book
 from impasto.studies.laser.parts import Pair, items
-from impasto.studies.laser.protocol import Report, rho_of
-from impasto.studies.protocol import spread
+from impasto.studies.laser.protocol import Report, rho_of, spaced
 from impasto.tasks import TaskSet
 
 if TYPE_CHECKING:
@@ -89,9 +88,8 @@ def spoken(
     shown = items(pair.test)
     both = book.sheets(pair.test.protocol, [report.uses[BASE], report.uses[CHOSEN]])
     corrected, others = _sides(*(both[report.uses[use].fingerprint] for use in (BASE, CHOSEN)))
-    first = spread(corrected, most or len(shown))
-    rest = spread(others, (most or len(shown)) - len(first)) if len(first) < (most or len(shown)) else ()
-    places = [*first, *rest]
+    first = spaced(corrected, most)
+    places = [*first, *spaced(others, None if most is None else most - len(first))]
     known = {request.fingerprint: request for request in pair.test.requests}
     documents = list(pair.test.documents.values())
     kinds = relations(documents) if "record" in documents[0] else ("",) * len(documents)

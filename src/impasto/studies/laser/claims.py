@@ -135,7 +135,7 @@ QUESTIONS: tuple[Question[Evidence], ...] = (
             f"more than 1,000 documents, or the thirds of a smaller corpus): {_CLEAR}."
         ),
         figure="boosts",
-        arises=lambda evidence: any(map(_facts, evidence.trials)),
+        arises=lambda evidence: any(map(_asks_facts, evidence.trials)),
     ),
     Question(
         key="discarded",
@@ -148,7 +148,7 @@ QUESTIONS: tuple[Question[Evidence], ...] = (
             f"for another fact of the same relation, minus what shuffled answers would have: {_CLEAR}."
         ),
         figure="tails",
-        arises=lambda evidence: any(map(_facts, evidence.trials)),
+        arises=lambda evidence: any(map(_asks_facts, evidence.trials)),
     ),
     Question(
         key="reads",
@@ -197,7 +197,7 @@ def answers(evidence: Evidence, figures: Iterable[str]) -> tuple[Answer, ...]:
     )
 
 
-def _facts(trial: Trial) -> bool:
+def _asks_facts(trial: Trial) -> bool:
     """Whether a task asks for facts about a subject."""
     return benchmark_of(trial.name) == "counterfact"
 

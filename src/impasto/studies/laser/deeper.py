@@ -23,7 +23,7 @@ from impasto.studies.reading import Found, listed, said
 LOSS = 0.02
 """A difference of the loss, in nats per token, that is called the same: two per cent of the perplexity."""
 
-FEWEST = 20
+ENOUGH = 20
 """Facts on either side at least, for the paper's bounds of rare and frequent, and for any verdict."""
 
 FACTS = "Single facts, other text"
@@ -52,16 +52,16 @@ def rare(evidence: Evidence) -> Found | None:
             ends = bin_boost(base, edited, often, facts=trial.units, edges=edges)
             first, last = ends[0].both, ends[-1].both
             parts.append(
-                f"{trial.title} ({_named(one)}): {in_points(first.difference)} on {_facts(first.facts)} in "
+                f"{trial.title} ({_named(one)}): {in_points(first.difference)} on {_counted_facts(first.facts)} in "
                 f"{'no document' if ends[0].name == 'none' else f'{ends[0].name} documents'}, "
-                f"{in_points(last.difference)} on {_facts(last.facts)} in {ends[-1].name}"
+                f"{in_points(last.difference)} on {_counted_facts(last.facts)} in {ends[-1].name}"
             )
             if place == 0:
-                effects.append(gap if min(first.facts, last.facts) >= FEWEST else Estimate(gap.value))
+                effects.append(gap if min(first.facts, last.facts) >= ENOUGH else Estimate(gap.value))
     total = pooled(effects)
     if total is None:
         return None
-    few = "" if total.low is not None else f" Fewer than {FEWEST} facts on a side say nothing: a larger corpus would."
+    few = "" if total.low is not None else f" Fewer than {ENOUGH} facts on a side say nothing: a larger corpus would."
     text = f"What the chosen edit gains on rare and on frequent facts. {'; '.join(parts)}.{few}"
     return Found(clear(total) if total.low is not None else "unclear", text, total)
 
@@ -86,7 +86,7 @@ def bounds(mentions: Mentions, units: Sequence[int]) -> tuple[float, float]:
             known.setdefault(unit, []).append(count)
     often = np.array([np.mean(counts) for counts in known.values()], np.float64)
     low, high = EDGES
-    if min((often < low).sum(), (often > high).sum()) >= FEWEST:
+    if min((often < low).sum(), (often > high).sum()) >= ENOUGH:
         return low, high
     if not len(often):
         return EDGES
@@ -134,7 +134,7 @@ def boosts(evidence: Evidence) -> Figure | None:
     for trial, one in _counted(evidence):
         base, edited, often = _scores(trial, one)
         for found in bin_boost(base, edited, often, facts=trial.units, edges=bounds(one, trial.units)):
-            if found.both.facts < FEWEST:
+            if found.both.facts < ENOUGH:
                 continue
             rows += [
                 {"panel": f"{trial.title} ({_named(one)})", "label": found.name, "series": name, **bar(share)}
@@ -146,14 +146,14 @@ def boosts(evidence: Evidence) -> Figure | None:
     caption = (
         "Facts by the number of documents that mention them. The paper draws the last series, which falls with the "
         "frequency already because the model itself knows frequent facts better; the first two do not. Left out are "
-        f"ranges of fewer than {FEWEST} facts. "
+        f"ranges of fewer than {ENOUGH} facts. "
         f"Intervals: 95 %, of other facts. {_corpora(evidence)}"
     )
     options = {"series": list(series), "sort": "given", "x_title": "share", "section": FACTS}
     return Figure("boosts", "What is corrected, by frequency", caption, "bars", tuple(rows), options)
 
 
-def _facts(count: int) -> str:
+def _counted_facts(count: int) -> str:
     return "1 fact" if count == 1 else f"{count:,} facts"
 
 

@@ -286,7 +286,7 @@ def evidence(book: Book) -> Evidence:
         protocol=asked.protocol,
         matrices=tuple(replace(one, effective=effective.get(f"{one.layer}.{one.name}")) for one in asked.matrices),
         trials=tuple(trial(book, part) for part in asked.parts),
-        facts=_facts(book),
+        facts=_provenance(book),
         texts=book.texts(),
         masked=bool(book.setting.masking),
     )
@@ -353,7 +353,7 @@ def step_of(value: Mapping[str, Any]) -> Step:
     return Step(**{**value, "edit": None if value["edit"] is None else Edit.parse(value["edit"])})
 
 
-def _facts(book: Book) -> dict[str, str]:
+def _provenance(book: Book) -> dict[str, str]:
     """Where the numbers of a page come from, in words."""
     asked = book.asked
     tasks = [(part.name, part.test) for part in asked.parts]

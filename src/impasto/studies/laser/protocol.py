@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, TypeVar
 
 from impasto import moves
 from impasto.edit import Edit, Rule
@@ -20,6 +20,7 @@ from impasto.recipe import Recipe
 from impasto.schedule import Schedule
 from impasto.studies.protocol import spread
 
+Value = TypeVar("Value")
 Select = Literal["race", "full"]
 Compose = Literal["greedy", "authors", "none"]
 Role = Literal["base", "chosen", "by_loss", "composed", "kept", "pruned", "zero", "moved"]
@@ -286,11 +287,11 @@ def rho_of(edit: Edit) -> float:
     return float(edit.rule.value or 0)
 
 
-def spaced(edits: Sequence[Edit], count: int | None) -> tuple[Edit, ...]:
-    """So many of the edits, evenly spaced: what a plan takes for those that screening will choose."""
-    if count is None or count >= len(edits):
-        return tuple(edits)
-    return tuple(edits[round(i * (len(edits) - 1) / max(count - 1, 1))] for i in range(count))
+def spaced(values: Sequence[Value], count: int | None) -> tuple[Value, ...]:
+    """So many of the values, evenly spaced, with the first and the last; all where `count` is None or too large."""
+    if count is None or count >= len(values):
+        return tuple(values)
+    return tuple(values[round(i * (len(values) - 1) / max(count - 1, 1))] for i in range(count))
 
 
 def promising(changes: Mapping[Edit, float], count: int | None) -> tuple[Edit, ...]:

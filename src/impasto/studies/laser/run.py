@@ -74,6 +74,18 @@ class LaserPlan:
     scoring: StudyPlan
 
 
+class _Asked(Changes, total=False):
+    """What a dry run may be asked, see `run_laser`."""
+
+    protocol: str
+    task_names: Sequence[str] | None
+    seed: int
+    include: Sequence[Path | str]
+    batch_tokens: int | None
+    progress: Progress | None
+    note: Note | None
+
+
 @dataclass(frozen=True)
 class _Study:
     """One study, prepared; its scorer is made once, and only if something is to be measured."""
@@ -146,8 +158,8 @@ def run_laser(
     study = _prepare(
         loaded,
         store,
-        adapted(named(protocol), tasks=task_names, **changes),
-        task_names,
+        protocol=protocol,
+        task_names=task_names,
         seed=seed,
         include=include,
         counts=counts,
@@ -156,6 +168,7 @@ def run_laser(
         where=where,
         progress=progress,
         note=note,
+        **changes,
     )
     study.book.open()
     _effective(study)
@@ -164,33 +177,11 @@ def run_laser(
     return page(evidence(study.book))
 
 
-def dry_run_laser(
-    loaded: LoadedModel,
-    *,
-    store: Store,
-    protocol: str = "quick",
-    task_names: Sequence[str] | None = None,
-    seed: int = 0,
-    include: Sequence[Path | str] = (),
-    batch_tokens: int | None = None,
-    progress: Progress | None = None,
-    note: Note | None = None,
-    **changes: Unpack[Changes],
-) -> LaserPlan:
+def dry_run_laser(loaded: LoadedModel, *, store: Store, **asked: Unpack[_Asked]) -> LaserPlan:
     """What `run_laser` would take with the same arguments; nothing is scored and nothing kept."""
     from impasto.pace import pace
 
-    study = _prepare(
-        loaded,
-        store,
-        adapted(named(protocol), tasks=task_names, **changes),
-        task_names,
-        seed=seed,
-        include=include,
-        batch_tokens=batch_tokens,
-        progress=progress,
-        note=note,
-    )
+    study = _prepare(loaded, store, **asked)
     tried = spaced(study.grid, study.protocol.screen)
     middle = Report(loaded.layers, tried[len(tried) // 2], None, (), study.protocol)
     works = [
@@ -219,18 +210,20 @@ def dry_run_laser(
 def _prepare(
     loaded: LoadedModel,
     store: Store,
-    wanted: Protocol,
-    names: Sequence[str] | None,
     *,
-    seed: int,
-    include: Sequence[Path | str],
+    protocol: str = "quick",
+    task_names: Sequence[str] | None = None,
+    seed: int = 0,
+    include: Sequence[Path | str] = (),
     counts: Sequence[Path | str] = (),
     texts: Sequence[Path | str] = (),
-    batch_tokens: int | None,
+    batch_tokens: int | None = None,
     where: Place | None = None,
-    progress: Progress | None,
-    note: Note | None,
+    progress: Progress | None = None,
+    note: Note | None = None,
+    **changes: Unpack[Changes],
 ) -> _Study:
+    wanted = adapted(named(protocol), tasks=task_names, **changes)
     tell, say = progress or (lambda phase, share: None), note or (lambda text: None)
     loaded.require_head()
     places = layers_of(wanted.layers, loaded.layers)
@@ -240,7 +233,7 @@ def _prepare(
     grid = candidates(cut, wanted.rhos)
     if not grid:
         raise UsageError("a share of 1 changes nothing: name shares below it with --rhos")
-    both = pairs(wanted, names, include, progress, note, masked=loaded.masked)
+    both = pairs(wanted, task_names, include, progress, note, masked=loaded.masked)
     made = scorer_of if loaded.masked else sliding_scorer
     asked = Asked(loaded.layers, wanted, cut, len(grid), tuple(pair.part for pair in both), seed, loaded.source)
     return _Study(
@@ -300,7 +293,7 @@ def _study(study: _Study, pair: Pair) -> Report:
     states = _composed(study, pair, points)
     report = Report(study.loaded.layers, chosen, by_loss, composed_of(states), study.protocol)
     _reported(study, pair, report)
-    _facts(study, pair, report)
+    _beside(study, pair, report)
     return report
 
 
@@ -413,7 +406,7 @@ def _reported(study: _Study, pair: Pair, report: Report) -> None:
     _sheets(study, pair.validation, [report.uses[BASE], report.uses[CHOSEN]], phase)
 
 
-def _facts(study: _Study, pair: Pair, report: Report) -> None:
+def _beside(study: _Study, pair: Pair, report: Report) -> None:
     """Keep how often a task's facts are mentioned, and what the discarded components answer to them."""
     if study.counts:
         study.book.put_mentions(pair.name, asides.mentions(pair.test, study.counts))
