@@ -86,7 +86,6 @@ def evaluate(
     )
     where = loading.cluster(ray, workers)
     from impasto import tasks as benchmarks
-    from impasto.evaluate import setting_of
 
     def asked(progress: Phases, tokenizer: Any = None) -> list[TaskSet]:
         progress.bytes("reading the tasks", 0, 0)
@@ -108,6 +107,8 @@ def evaluate(
             questions = [] if apply_chat_template else asked(progress)
             loaded = loading.load(model, progress)
             require_tokenizer(loaded)
+            from impasto.evaluate import setting_of
+
             setting = setting_of(loaded, kv.value)
             questions = questions or asked(progress, loaded.tokenizer)
             chosen = compared(loaded, schedule, edit)

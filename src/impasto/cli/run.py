@@ -54,11 +54,11 @@ def run(
         raise UsageError("nothing to compare: give a schedule (-s '0:8 12:18') or an edit (-e '10.mlp.*@0.1')")
     check_texts([] if schedule is None else [schedule], edit)
     loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan=tp_plan)
-    from impasto.evaluate import setting_of
-
     with console.phases() as progress:
         loaded = loading.load(model, progress)
         require_tokenizer(loaded)
+        from impasto.evaluate import setting_of
+
         setting_of(loaded, kv.value)  # refuses a cache that the model does not have
         original, changed = recipes(loaded, [None], [])[0], recipes(loaded, [schedule], edit)[0]
         out = console.output()
