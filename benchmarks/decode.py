@@ -82,6 +82,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of torch's compiler, by mode
     "combo": {"combo_kernels": True},
     "tuned": {"coordinate_descent_tuning": True},
     "autotuned": {"max_autotune_pointwise": True},
+    "dependent": {"triton.enable_pdl": True},  # a kernel is launched before the one it waits for has ended
 }
 TAIL = 64  # columns left for decoded tokens
 CUDA = torch.cuda.is_available()
@@ -580,7 +581,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="0.5b,7b")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--modes", default="modules,compiled", help="modules, compiled, combo, autotuned, tuned")
+    parser.add_argument(
+        "--modes", default="modules,compiled", help="modules, compiled, combo, autotuned, tuned, dependent"
+    )
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30, help="steps per variant and round")

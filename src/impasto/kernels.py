@@ -12,7 +12,7 @@ SPAN = 32768  # words of a row that one program reads
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _weigh(logits, peaks, masses, words, stride, span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _weigh(logits, peaks, masses, words, stride, span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.minimum((part + 1) * span, words)
     peak = -float("inf")

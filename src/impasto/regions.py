@@ -7,8 +7,8 @@ both; how many layers a model has makes no difference to the time that compiling
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,14 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from impasto import rows
+
 aten = torch.ops.aten
+_ATTEND = torch.ops.impasto.attend.default
+_MULTIPLY, _SEVERAL = torch.ops.impasto.multiply.default, torch.ops.impasto.multiply_several.default
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default}
+STREAMED = 2**24  # bytes of matrices from which a kernel of ours reads them faster than a compiler's
+WIDE = 4096  # entries of which the largest is looked for in two stages
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -33,7 +39,7 @@ class Region:
         graph: the operations; called with all tensors, it returns a list of tensors.
         constants: weights and other tensors that the function has of its own.
         key: equal for two regions that compute the same function of constants and inputs.
-        results: how many of the returned tensors the function returns; those behind them serve the compiler.
+        results: how many tensors the function returns; compiled, it may return more behind them.
     """
 
     graph: fx.GraphModule
@@ -51,22 +57,47 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     with torch.no_grad(), _OneQueryAttention():
         graph = make_fx(lambda *tensors: list(function(*tensors)))(*inputs)
     constants = _lift(graph)
-    results = _returned(graph.graph)
     _plain_writes(graph.graph)
-    _thin_products(graph.graph)
+    _single_rows(graph.graph)
+    _shared_keys(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return Region(graph, constants, _key(graph, (*constants, *inputs)), results)
+    return Region(graph, constants, _key(graph, (*constants, *inputs)), _returned(graph.graph))
 
 
 def compile_region(region: Region, inputs: Sequence[Tensor], options: dict[str, Any]) -> Compiled:
-    """Kernels for the graph of a region, by torch's own compiler; for fixed shapes."""
+    """Kernels for the graph of a region, by torch's compiler and, for what it is slow at, ours; for fixed shapes."""
     from torch._inductor import compile as inductor
 
     tensors: list[Any] = [*region.constants, *inputs]
     with torch.no_grad():
-        made = inductor(region.graph, tensors, options=options)
+        made = inductor(lowered(region.graph), tensors, options=options)
     return lambda values: made(*values)
+
+
+def lowered(graph: fx.GraphModule, streams: Callable[[Tensor], bool] | None = None) -> fx.GraphModule:
+    """A copy of a traced graph as a compiler should see it.
+
+    Args:
+        graph: the graph, which stays as it is.
+        streams: whether matrices are read by a kernel of ours; None asks for it on a CUDA device, from `STREAMED` bytes
+            on.
+    """
+    made = copy.deepcopy(graph)
+    _together(made.graph, streams or _large)
+    _sums(made.graph, streams or _large)
+    _two_stages(made.graph)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made
+
+
+def _large(matrices: Tensor) -> bool:
+    return (
+        matrices.is_cuda
+        and matrices.dtype in rows.STREAMED_TYPES
+        and matrices.numel() * matrices.element_size() >= STREAMED
+    )
 
 
 def interpret_region(region: Region, inputs: Sequence[Tensor], options: dict[str, Any]) -> Compiled:
@@ -105,34 +136,141 @@ def _plain_writes(graph: fx.Graph) -> None:
             node.args = (target, [*[None] * (dim % len(_shape(target))), index], source)
 
 
-def _thin_products(graph: fx.Graph) -> None:
-    """Write products of a single row with a transposed matrix as sums over its columns.
-
-    A compiler can then make one kernel of such a product and of what stands behind it; a single row leaves nothing for
-    a matrix unit to do anyway. Sums are taken in float32. What stands before it is best done once, and not again for
-    every row of the matrix: so each row that is multiplied becomes one of the graph's outputs, which are kept.
-    """
-    rows: dict[fx.Node, None] = {}
+def _single_rows(graph: fx.Graph) -> None:
+    """Write products of a single row with a transposed matrix as `impasto.rows.multiply`."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
         *bias, row, turned = node.args
         matrix = _untransposed(turned)
-        if matrix is None or _shape(row)[:1] != (1,):
+        if matrix is None or _shape(row)[:1] != (1,) or any(len(_shape(one)) > 1 for one in bias):
             continue
         with graph.inserting_before(node):
-            wide = [graph.call_function(aten._to_copy.default, (x,), {"dtype": torch.float32}) for x in (row, matrix)]
+            matrices, *biases = (graph.call_function(aten.unsqueeze.default, (x, 0)) for x in (matrix, *bias))
+            product = graph.call_function(_MULTIPLY, (row, matrices, biases[0] if biases else None))
+            for new, old in zip((matrices, *biases), (matrix, *bias), strict=True):
+                new.meta["val"] = old.meta["val"][None]
+            product.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+
+
+def _shared_keys(graph: fx.Graph) -> None:
+    """Give attention the keys and values that heads share as they are, and not once for every head."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is _ATTEND:
+            query, key, value, *rest = node.args
+            once = _unrepeated(key), _unrepeated(value)
+            if all(once) and _shape(once[0])[1] == _shape(once[1])[1]:
+                node.args = (query, *once, *rest)
+
+
+def _unrepeated(node: Any) -> fx.Node | None:
+    """The (batch, key heads, columns, width) of which each head is repeated next to itself; None if it is not known."""
+    wanted = _shape(node)
+    while node.op == "call_function" and node.target in (*_RESHAPES - {aten.unsqueeze.default}, aten.clone.default):
+        node = node.args[0]
+    if node.op != "call_function" or node.target is not aten.expand.default or len(_shape(node)) != 5:
+        return None
+    inner: Any = node.args[0]
+    if inner.op != "call_function" or inner.target is not aten.unsqueeze.default or inner.args[1] != 2:
+        return None
+    batch, heads, times, *rest = _shape(node)
+    same = _shape(inner.args[0]) == (batch, heads, *rest) and wanted == (batch, heads * times, *rest)
+    return inner.args[0] if same else None
+
+
+def _together(graph: fx.Graph, streams: Callable[[Tensor], bool]) -> None:
+    """Make one operation of products of the same row with two or three matrices, if one of these is large."""
+    alike: dict[tuple[fx.Node, tuple[int, ...], bool], list[Any]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is _MULTIPLY:
+            row, matrices, bias = node.args
+            if matrices.meta["val"].is_contiguous() and _free(matrices) and (bias is None or _free(bias)):
+                alike.setdefault((_origin(row), _shape(row), bias is None), []).append(node)
+    for found in alike.values():
+        for nodes in (found[first : first + 3] for first in range(0, len(found), 3)):
+            if len(nodes) < 2 or not any(streams(node.args[1].meta["val"]) for node in nodes):
+                continue
+            with graph.inserting_before(nodes[0]):
+                matrices, biases = ([_moved(graph, node.args[i]) for node in nodes] for i in (1, 2))
+                product = graph.call_function(_SEVERAL, (nodes[0].args[0], matrices, [x for x in biases if x]))
+                parts = [graph.call_function(operator.getitem, (product, i)) for i in range(len(nodes))]
+            for node, part in zip(nodes, parts, strict=True):
+                part.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(part)
+                graph.erase_node(node)
+
+
+def _free(node: fx.Node) -> bool:
+    """Whether a node only shows one of the graph's inputs in another shape."""
+    return _origin(node).op == "placeholder"
+
+
+def _moved(graph: fx.Graph, node: fx.Node | None) -> fx.Node | None:
+    """A copy, where nodes are inserted now, of a node that shows an input in another shape."""
+    if node is None or node.op == "placeholder":
+        return node
+    return graph.node_copy(node, lambda inner: _moved(graph, inner) or inner)
+
+
+def _sums(graph: fx.Graph, streams: Callable[[Tensor], bool]) -> None:
+    """Write products with small matrices as sums over columns.
+
+    A compiler can then make one kernel of such a product and of what stands behind it. What stands before it is best
+    done once, and not again for every row of the matrix: so each row that is multiplied becomes one of the graph's
+    outputs, which are kept. Large matrices, and those that no kernel of ours reads, stay as they are.
+    """
+    kept: dict[fx.Node, None] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not _MULTIPLY:
+            continue
+        row, matrices, bias = node.args
+        if streams(matrices.meta["val"]):
+            continue
+        with graph.inserting_before(node):
+            tall = graph.call_function(aten.unsqueeze.default, (row, 1))
+            wide = [
+                graph.call_function(aten._to_copy.default, (x,), {"dtype": torch.float32}) for x in (tall, matrices)
+            ]
             products = graph.call_function(aten.mul.Tensor, tuple(wide))
-            total = graph.call_function(aten.sum.dim_IntList, (products, [1]))
-            for one in bias:
-                total = graph.call_function(aten.add.Tensor, (total, one))
+            total = graph.call_function(aten.sum.dim_IntList, (products, [2]))
+            if bias is not None:
+                total = graph.call_function(aten.add.Tensor, (total, bias))
             total = graph.call_function(aten._to_copy.default, (total,), {"dtype": node.meta["val"].dtype})
-            total = graph.call_function(aten.unsqueeze.default, (total, 0))
         node.replace_all_uses_with(total)
         graph.erase_node(node)
-        rows[_origin(row)] = None
+        kept[_origin(row)] = None
     (output,) = (node for node in graph.nodes if node.op == "output")
-    output.args = ([*output.args[0], *(row for row in rows if row.op == "call_function")],)
+    output.args = ([*output.args[0], *(row for row in kept if row.op == "call_function")],)
+
+
+def _two_stages(graph: fx.Graph) -> None:
+    """Look for the place of the largest of many entries in two steps, each of which many programs can share.
+
+    The first of equal entries is taken. Where an entry is no number, none is equal to the largest: the last place.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.max.dim or node.kwargs or len(node.args) > 2:
+            continue
+        entries, dim = node.args[0], node.args[1]
+        shape = _shape(entries)
+        if dim % len(shape) != len(shape) - 1 or shape[-1] < WIDE:
+            continue
+        device = entries.meta["val"].device
+        with graph.inserting_before(node):
+            peak = graph.call_function(aten.amax.default, (entries, [-1], True))
+            equal = graph.call_function(aten.eq.Tensor, (entries, peak))
+            places = graph.call_function(aten.arange.default, (shape[-1],), {"device": device, "dtype": torch.int64})
+            marked = graph.call_function(aten.where.ScalarOther, (equal, places, shape[-1] - 1))
+            found = [
+                graph.call_function(aten.squeeze.dim, (peak, -1)),
+                graph.call_function(aten.amin.default, (marked, [-1])),
+            ]
+        for user in list(node.users):
+            user.replace_all_uses_with(found[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def _returned(graph: fx.Graph) -> int:
@@ -143,9 +281,17 @@ def _returned(graph: fx.Graph) -> int:
 
 def _origin(node: Any) -> fx.Node:
     """The node whose values a chain of changes of shape shows."""
-    while node.op == "call_function" and node.target in _RESHAPES:
+    while node.op == "call_function" and (node.target in _RESHAPES or _unmoved(node)):
         node = node.args[0]
     return node  # type: ignore[no-any-return]
+
+
+def _unmoved(node: fx.Node) -> bool:
+    """Whether a node changes the order of dimensions, and in fact changes nothing."""
+    if node.target is not aten.permute.default:
+        return False
+    order: Any = node.args[1]
+    return list(order) == sorted(order)
 
 
 def _untransposed(node: Any) -> fx.Node | None:
@@ -163,7 +309,7 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 
 class _OneQueryAttention(TorchFunctionMode):
-    """Attention of few queries to many keys as plain sums, which need no copies of keys shared by several heads."""
+    """Attention as `impasto.rows` has it, which stays whole and needs no copies of keys that heads share."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -171,40 +317,4 @@ class _OneQueryAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        return _attention(*args, **kwargs)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """What `scaled_dot_product_attention` computes, written out.
-
-    Args:
-        query: (batch, heads, queries, width).
-        key: (batch, key heads, columns, width), where heads is a multiple of key heads.
-        value: (batch, key heads, columns, width of a value).
-        attn_mask: True where a query sees a column, or what is added to its score; broadcast over heads and batch.
-        dropout_p: must be 0.
-        is_causal: must be False.
-        scale: what scores are multiplied with; 1 / sqrt(width) where it is None.
-        enable_gqa: heads may share keys.
-    """
-    if dropout_p or is_causal:
-        raise RuntimeError("a decoding step has neither dropout nor queries that must not see one another")
-    batch, heads, queries, width = query.shape
-    shared = heads // key.shape[1]
-    factor = 1 / math.sqrt(width) if scale is None else scale
-    grouped = query.reshape(batch, key.shape[1], shared, queries, 1, width).float() * factor
-    scores = (grouped * key[:, :, None, None].float()).sum(-1).reshape(batch, heads, queries, -1)
-    if attn_mask is not None:
-        scores = torch.where(attn_mask, scores, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = scores.softmax(-1).reshape(batch, key.shape[1], shared, queries, -1, 1)
-    mixed = (weights * value[:, :, None, None].float()).sum(-2)
-    return mixed.reshape(batch, heads, queries, value.shape[-1]).to(query.dtype)
+        return rows.attention(*args, **kwargs)

@@ -137,7 +137,7 @@ def stack(
 
     def together(hidden: Tensor, *given: Tensor) -> list[Tensor]:
         kept, read = given[: len(own)], given[len(own) :]
-        flow, extra = hidden, list[Tensor]()
+        flow = hidden
         lane: int | None = None
         for units, plan in zip(depths, plans, strict=True):
             values = [
@@ -150,18 +150,17 @@ def stack(
             ]
             lanes = [0 if origin == "stack" or len(numbers) > 1 else None for origin, numbers in plan]
             region, count = units[0].region, len(units[0].region.constants)
-            made = torch.vmap(
+            (flow,) = torch.vmap(
                 lambda *all, graph=region.graph: tuple(graph(*all)),
                 in_dims=(*lanes[:count], lane, *lanes[count:]),
             )(*values[:count], flow, *values[count:])
-            flow, lane = made[0], 0
-            extra += made[region.results :]
-        return [_mixed(flow, hidden, group), *extra]
+            lane = 0
+        return [_mixed(flow, hidden, group)]
 
     region = trace(together, [hidden, *own, *[tensors[place] for place in reads]])
     all_units = [unit for branch in branches for unit in branch]
     return Unit(
-        replace(region, results=1),
+        region,
         tuple(own),
         tuple(reads),
         sum(unit.calls for unit in all_units),

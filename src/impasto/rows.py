@@ -1,0 +1,170 @@
+"""What a decoding step does most, as operations of their own: attention of one query, products of one row.
+
+A compiler writes both as plain sums, which is right and, for attention and for large matrices, slow. As operations they
+stay whole in a traced graph, can be mapped over the branches of a group, and run on a GPU by kernels written for them
+(`impasto.streaming`). Everywhere else, and wherever a compiler does better, they are the sums that they stand for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+STREAMED_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of which `impasto.streaming` has kernels
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes, for a decoding step.
+
+    Args:
+        query: (batch, heads, queries, width).
+        key: (batch, key heads, columns, width), where heads is a multiple of key heads.
+        value: (batch, key heads, columns, width of a value).
+        attn_mask: True where a query sees a column, or what is added to its score; broadcast over heads and batch.
+        dropout_p: must be 0.
+        is_causal: must be False.
+        scale: what scores are multiplied with; 1 / sqrt(width) where it is None.
+        enable_gqa: heads may share keys.
+
+    Raises:
+        RuntimeError: dropout, or queries that must not see one another.
+    """
+    if dropout_p or is_causal:
+        raise RuntimeError("a decoding step has neither dropout nor queries that must not see one another")
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    batch, heads, queries, width = query.shape
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        if queries > 1 and attn_mask.shape[1:3] != (1, 1):
+            return _attend(query, key, value, attn_mask, factor)
+    # Queries that see the same columns are to the keys what heads that share them are.
+    mixed: Tensor = attend(query.reshape(batch, heads * queries, 1, width), key, value, attn_mask, factor)
+    return mixed.view(batch, heads, queries, value.shape[-1])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention written out in float32; keys shared by several heads are not copied."""
+    batch, heads, queries, width = query.shape
+    shared = heads // key.shape[1]
+    grouped = query.reshape(batch, key.shape[1], shared, queries, 1, width).float() * scale
+    scores = (grouped * key[:, :, None, None].float()).sum(-1).reshape(batch, heads, queries, -1)
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).reshape(batch, key.shape[1], shared, queries, -1, 1)
+    mixed = (weights * value[:, :, None, None].float()).sum(-2)
+    return mixed.reshape(batch, heads, queries, value.shape[-1]).to(query.dtype)
+
+
+@torch.library.custom_op("impasto::attend", mutates_args=())
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query per row and head.
+
+    Args:
+        query: (batch, heads, 1, width).
+        key: (batch, key heads, columns, width), where heads is a multiple of key heads.
+        value: (batch, key heads, columns, width of a value).
+        mask: (rows, 1 or heads, 1, columns) that is True where a query sees a column, or is added to its score; rows
+            is a divisor of batch, and text b is masked by row b modulo rows.
+        scale: what scores are multiplied with.
+
+    Returns:
+        (batch, heads, 1, width of a value), in the type of `query`.
+    """
+    if query.is_cuda and query.dtype in STREAMED_TYPES:
+        from impasto import streaming
+
+        return streaming.attend(query, key, value, mask, scale)
+    if mask is not None:
+        mask = mask.repeat(query.shape[0] // mask.shape[0], 1, 1, 1)
+    return _attend(query, key, value, mask, scale)
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[-1]))
+
+
+@attend.register_vmap
+def _(info, in_dims, query, key, value, mask, scale):  # type: ignore[no-untyped-def]
+    lanes = info.batch_size
+    merged = [_merged(x, dim, lanes) for x, dim in zip((query, key, value), in_dims[:3], strict=True)]
+    if mask is not None and in_dims[3] is not None:
+        mask = _merged(mask, in_dims[3], lanes)
+    mixed = attend(*merged, mask, scale)
+    return mixed.unflatten(0, (lanes, -1)), 0
+
+
+@torch.library.custom_op("impasto::multiply", mutates_args=())
+def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+    """The product of each row with its own matrix, and what is added to it; sums are taken in float32.
+
+    Args:
+        rows: (lanes, columns).
+        matrices: (lanes, outputs, columns).
+        biases: (lanes, outputs).
+
+    Returns:
+        (lanes, outputs), in the type of `rows`.
+    """
+    if rows.is_cuda and rows.dtype in STREAMED_TYPES:
+        from impasto import streaming
+
+        return streaming.multiply(rows, matrices, biases)
+    total = (rows[:, None].float() * matrices.float()).sum(-1)
+    return (total if biases is None else total + biases).to(rows.dtype)
+
+
+@multiply.register_fake
+def _(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+    return rows.new_empty(matrices.shape[:2])
+
+
+@multiply.register_vmap
+def _(info, in_dims, rows, matrices, biases):  # type: ignore[no-untyped-def]
+    lanes = info.batch_size
+    merged = [
+        None if x is None else _merged(x, dim, lanes) for x, dim in zip((rows, matrices, biases), in_dims, strict=True)
+    ]
+    return multiply(*merged).unflatten(0, (lanes, -1)), 0
+
+
+@torch.library.custom_op("impasto::multiply_several", mutates_args=())
+def multiply_several(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    """The products of each row with two or three matrices of its own, as `multiply` makes them.
+
+    Args:
+        rows: (lanes, columns).
+        matrices: (lanes, outputs, columns) each.
+        biases: (lanes, outputs) each, or none at all.
+
+    Returns:
+        (lanes, outputs) for each matrix, in the type of `rows`.
+    """
+    if rows.is_cuda and rows.dtype in STREAMED_TYPES:
+        from impasto import streaming
+
+        return streaming.multiply_several(rows, matrices, biases)
+    added = [*biases, *[None] * (len(matrices) - len(biases))]
+    return [multiply(rows, matrix, bias) for matrix, bias in zip(matrices, added, strict=True)]
+
+
+@multiply_several.register_fake
+def _(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    return [rows.new_empty(x.shape[:2]) for x in matrices]
+
+
+def _merged(x: Tensor, dim: int | None, lanes: int) -> Tensor:
+    """Lanes and the first dimension as one, of a tensor that has lanes in `dim`, or is the same for all."""
+    x = x.expand(lanes, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)

@@ -1,0 +1,262 @@
+"""Operations of a decoding step: attention of one query, products of one row, the place of the largest entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from impasto import regions, rows
+
+SHAPES = [  # batch, heads, key heads, columns, width, width of a value
+    (1, 14, 2, 100, 64, 64),
+    (3, 4, 4, 33, 80, 48),
+    (4, 8, 2, 1500, 16, 16),
+]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def example(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    batch, heads, keys, columns, width, values = shape
+    torch.manual_seed(0)
+    sizes = [(batch, heads, 1, width), (batch, keys, columns, width), (batch, keys, columns, values)]
+    return [torch.randn(size, device=device).to(dtype) for size in sizes]
+
+
+def masks(shape: tuple[int, ...], device: str = "cpu") -> dict[str, Tensor | None]:
+    batch, heads, _, columns, *_ = shape
+    seen = torch.rand(batch, 1, 1, columns, device=device) > 0.4
+    seen[..., 0] = True
+    return {
+        "none": None,
+        "seen": seen,
+        "few": torch.arange(columns, device=device)[None, None, None] < 3,
+        "by head": torch.randn(1, heads, 1, columns, device=device),
+        "expanded": seen.expand(batch, heads, 1, columns),
+    }
+
+
+def expected(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as torch has it, in double precision."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.double()
+    return F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mask", ["none", "seen", "few", "by head", "expanded"])
+def test_attention_is_attention(shape: tuple[int, ...], mask: str) -> None:
+    inputs, hidden = example(shape), masks(shape)[mask]
+    got = rows.attention(*inputs, attn_mask=hidden, scale=0.3)
+    torch.testing.assert_close(got, expected(*inputs, hidden).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["none", "seen", "by head", "by query"])
+def test_attention_of_several_queries(mask: str) -> None:
+    shape = (2, 4, 2, 20, 16, 16)
+    query, key, value = example(shape)
+    query = query.repeat(1, 1, 3, 1) * torch.arange(3)[:, None]
+    hidden = torch.randn(2, 1, 3, 20) if mask == "by query" else masks(shape)[mask]
+    got = rows.attention(query, key, value, hidden, scale=0.3)
+    torch.testing.assert_close(got, expected(query, key, value, hidden).float(), rtol=1e-4, atol=1e-5)
+    graph = make_fx(lambda *x: rows.attention(*x, hidden, scale=0.3))(query, key, value)
+    assert ("impasto.attend.default" in places(graph)) == (mask in ("none", "seen"))
+
+
+@pytest.mark.parametrize("wrong", [{"dropout_p": 0.1}, {"is_causal": True}])
+def test_no_dropout_and_no_order_among_queries(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="neither dropout nor queries that must not see one another"):
+        rows.attention(*example((2, 4, 2, 20, 16, 16)), **wrong)
+
+
+@pytest.mark.parametrize("times", [1, 2, 7])
+def test_keys_that_heads_share_are_not_copied_for_each(times: int) -> None:
+    query, key, value = example((1, 2 * times, 2, 20, 16, 16))
+
+    def repeated(x: Tensor) -> Tensor:
+        return x[:, :, None].expand(1, 2, times, 20, 16).reshape(1, 2 * times, 20, 16)
+
+    region = regions.trace(
+        lambda q, k, v: [F.scaled_dot_product_attention(q, repeated(k), repeated(v))], [query, key, value]
+    )
+    assert not {"aten.expand.default", "aten.clone.default"} & set(places(region.graph))
+    torch.testing.assert_close(
+        region.graph(query, key, value)[0], F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    )
+
+
+def test_other_repetitions_are_not_taken_for_shared_keys() -> None:
+    query, key, value = example((1, 4, 2, 20, 16, 16))
+    tiled = [lambda x: x.repeat(1, 2, 1, 1), lambda x: x[:, None].expand(1, 2, 2, 20, 16).reshape(1, 4, 20, 16)]
+    for repeated in tiled:
+        region = regions.trace(
+            lambda q, k, v: [F.scaled_dot_product_attention(q, repeated(k), repeated(v))],  # noqa: B023
+            [query, key, value],
+        )
+        wanted = F.scaled_dot_product_attention(query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1))
+        torch.testing.assert_close(region.graph(query, key, value)[0], wanted)
+
+
+@pytest.mark.parametrize("mask", ["none", "seen", "by head", "mapped"])
+def test_mapped_attention_is_attention_of_each(mask: str) -> None:
+    lanes, shape = 3, (2, 4, 2, 20, 16, 16)
+    inputs = [torch.stack([x, 2 * x, -x]) for x in example(shape)]
+    hidden = masks(shape)["seen" if mask == "mapped" else mask]
+    given: list[Tensor | None] = [hidden] * lanes
+    if mask == "mapped":
+        given = [hidden, hidden.flip(-1), hidden]
+    together = torch.vmap(
+        lambda q, k, v, m: rows.attend(q, k, v, m, 0.3), in_dims=(0, 0, 0, 0 if mask == "mapped" else None)
+    )(*inputs, torch.stack(given) if mask == "mapped" else hidden)
+    each = [rows.attend(*(x[i] for x in inputs), given[i], 0.3) for i in range(lanes)]
+    torch.testing.assert_close(together, torch.stack(each))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_products_and_mapped_products(bias: bool, shared: bool) -> None:
+    torch.manual_seed(0)
+    row, matrices, biases = torch.randn(3, 1, 10), torch.randn(3, 1, 7, 10), torch.randn(3, 1, 7) if bias else None
+    if shared:
+        row = row[:1].expand(3, 1, 10)
+    each = [rows.multiply(row[i], matrices[i], None if biases is None else biases[i]) for i in range(3)]
+    for i, product in enumerate(each):
+        wanted = F.linear(row[i], matrices[i, 0], None if biases is None else biases[i, 0])
+        torch.testing.assert_close(product, wanted)
+    together = torch.vmap(rows.multiply, in_dims=(None if shared else 0, 0, 0 if bias else None))(
+        row[0] if shared else row, matrices, biases
+    )
+    torch.testing.assert_close(together, torch.stack(each))
+
+
+def places(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_the_largest_in_two_stages(batch: int, seed: int, ties: bool, broken: bool) -> None:
+    torch.manual_seed(seed)
+    entries = torch.randn(batch, regions.WIDE + 100)
+    entries = entries.mul(2).round() if ties else entries
+    if broken:
+        entries[-1, seed % 4000] = torch.nan
+    graph = make_fx(lambda x: list(x.max(-1)))(entries)
+    made = regions.lowered(graph)
+    assert "aten.max.dim" in places(graph) and "aten.max.dim" not in places(made)
+    values, at = made(entries)
+    torch.testing.assert_close(values, entries.max(-1).values, equal_nan=True)
+    whole = batch - broken
+    assert torch.equal(at[:whole], entries[:whole].argmax(-1))
+    assert 0 <= int(at[-1]) < entries.shape[1]
+
+
+def test_small_maxima_and_those_of_other_dimensions_stay() -> None:
+    for entries, dim in ((torch.randn(2, 50), -1), (torch.randn(5000, 2), 0)):
+        made = regions.lowered(make_fx(lambda x: list(x.max(dim)))(entries))  # noqa: B023
+        assert "aten.max.dim" in places(made)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_traced_products_of_one_row_stay_whole_until_they_are_compiled(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 24, bias=bias)
+    row = torch.randn(1, 1, 16)
+    with torch.no_grad():
+        region = regions.trace(lambda x: [linear(x).relu()], [row])
+        assert "impasto.multiply.default" in places(region.graph)
+        made = regions.lowered(region.graph)
+        assert "impasto.multiply.default" not in places(made)
+        for graph in (region.graph, made):
+            torch.testing.assert_close(graph(*region.constants, row)[0], linear(row).relu())
+        several = regions.trace(lambda x: [linear(x)], [row.repeat(1, 3, 1)])
+        assert "impasto.multiply.default" not in places(several.graph)
+
+
+class Several(torch.nn.Module):
+    """Products of one row, of another, and of what comes of them."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        sizes = [(16, 24), (16, 8), (16, 8), (16, 40), (24, 16)]
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(*size, bias=bias) for size in sizes)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first, second, third, fourth, fifth = self.linears
+        return [second(x) * third(x.relu()), fourth(x).sum(-1), fifth(first(x).sigmoid()) + x]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("least", [0, 16 * 24 * 4, 2**30])
+def test_products_of_one_row_become_one_operation_where_a_matrix_is_large(bias: bool, mapped: bool, least: int) -> None:
+    torch.manual_seed(0)
+    lanes, parts = (3, [Several(bias) for _ in range(3)]) if mapped else (1, [Several(bias)])
+    rows_in = torch.randn(lanes, 1, 1, 16)
+    with torch.no_grad():
+        each = [regions.trace(part, [rows_in[0]]) for part in parts]
+        region, constants = each[0], each[0].constants
+        if mapped:
+            constants = tuple(torch.stack(column) for column in zip(*[one.constants for one in each], strict=True))
+            region = regions.trace(lambda *all: list(torch.vmap(each[0].graph)(*all)), [*constants, rows_in])
+        made = regions.lowered(region.graph, lambda matrices: matrices.numel() * 4 >= lanes * least)
+        got = made(*constants, rows_in if mapped else rows_in[0])
+        for lane, part in enumerate(parts):
+            for x, y in zip(got, part(rows_in[lane]), strict=False):
+                torch.testing.assert_close(x[lane] if mapped else x, y)
+    names = places(made)
+    # The row enters three matrices, of which the first and the last have at least 24 outputs; others see one row each.
+    assert names.count("impasto.multiply_several.default") == (least < 2**30)
+    assert names.count("impasto.multiply.default") == {0: 2, 16 * 24 * 4: 1}.get(least, 0)
+    assert places(region.graph).count("impasto.multiply.default") == 5
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, (24, 14, 2, 1024, 64, 64), (1, 32, 32, 4097, 128, 128)])
+def test_kernels_of_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = example(shape, dtype, "cuda")
+    for name, mask in masks(shape, "cuda").items():
+        got = rows.attend(*inputs, mask, 0.3).double()
+        wanted = expected(*inputs, mask)
+        error = float((got - wanted).norm() / wanted.norm())
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2), (name, error)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 37, 100), (12, 896, 4864), (1, 5003, 896)])
+def test_kernels_of_products(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    lanes, outputs, columns = shape
+    torch.manual_seed(0)
+    row, matrices = (torch.randn(size, device="cuda").to(dtype) for size in ((lanes, columns), shape))
+    for bias in (None, torch.randn(lanes, outputs, device="cuda").to(dtype)):
+        got = rows.multiply(row, matrices, bias).double()
+        wanted = (row[:, None].double() * matrices.double()).sum(-1) + (0 if bias is None else bias.double())
+        assert float((got - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [(37, 5), (896, 128, 128), (4864, 4864)])
+def test_kernels_of_several_products(outputs: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    row = torch.randn(12, 896, device="cuda").to(dtype)
+    matrices = [torch.randn(12, n, 896, device="cuda").to(dtype) for n in outputs]
+    biases = [torch.randn(12, n, device="cuda").to(dtype) for n in outputs] if bias else []
+    got = rows.multiply_several(row, matrices, biases)
+    for i, product in enumerate(got):
+        wanted = (row[:, None].double() * matrices[i].double()).sum(-1) + (biases[i].double() if bias else 0)
+        assert float((product.double() - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
