@@ -41,9 +41,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative error of logi
 PROMPT_SIZES = (16, 32, 64, 128, 256, 512)  # longer prompts keep the device busy unrecorded
 _PROBLEMS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 Branches = Literal["stacked", "streams", "series"]
-# What was measured on one GPU, for layers as the model has them: seconds that a recorded step saves per layer call, and
-# what recording takes, in all and per layer call.
-SAVED, RECORDING, CHECKING = 6e-4, 0.5, 5e-3
+# What was measured on one GPU, for layers as the model has them: seconds that a recorded step saves per layer call;
+# what recording takes, in all and per layer call; bytes per second of keys and values that are copied for every head.
+SAVED, RECORDING, CHECKING, COPIED = 6e-4, 0.5, 5e-3, 7.5e11
 POLL = 16  # steps between two looks at whether all rows have ended
 
 
@@ -162,25 +162,37 @@ def fast(
         yield decoder
 
 
-def pays(model: nn.Module, schedule: Schedule | str, steps: int) -> bool:
-    """Whether so many steps are surely shorter with a recording than without, the recording included.
+def pays(model: nn.Module, schedule: Schedule | str, size: Size) -> bool:
+    """Whether so much work is surely shorter with a recording than without, the recording included.
 
     Small layers keep a GPU waiting for the host, which recording ends; large ones gain less than is assumed here, but
     with them a step takes so long that recording is short beside it. Answers may end early, so half of the steps count.
+    Static slots need a mask, with which models copy keys that heads share: long rows in large batches lose by that.
     A model whose layers are split over processes is not recorded.
     """
     if input_device(model).type != "cuda" or any(map(split, model.parameters())):
         return False
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, layers=anatomy(model).depth)
-    return steps / 2 * SAVED * schedule.calls > RECORDING + CHECKING * schedule.calls
+    saved = SAVED - size.rows * size.columns * _repeated_bytes(model) / COPIED
+    return size.steps / 2 * saved * schedule.calls > RECORDING + CHECKING * schedule.calls
+
+
+def _repeated_bytes(model: nn.Module) -> int:
+    """Bytes per token and layer of keys and values once they are copied for every head; 0 if no heads share them."""
+    config = text_config(model)
+    heads, keys = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if not isinstance(heads, int) or not isinstance(keys, int) or heads == keys:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * heads * int(width) * next(model.parameters()).element_size()
 
 
 def hastened(
     model: nn.Module, schedule: Schedule | str, size: Size
 ) -> contextlib.AbstractContextManager[Decoder] | None:
     """A decoder for so much work where it pays, else None; what `impasto.generation.generate` takes as `hasten`."""
-    if not pays(model, schedule, size.steps):
+    if not pays(model, schedule, size):
         return None
     return fast(model, schedule, batch=size.rows, context=max(size.columns, 2))
 
