@@ -115,7 +115,7 @@ def _lift(graph: fx.GraphModule) -> tuple[Tensor, ...]:
         if known is None:
             with graph.graph.inserting_before(first):
                 lifted = graph.graph.placeholder(f"constant_{len(constants)}")
-            lifted.meta = {**node.meta, "tensor_meta": None, "value": value}
+            lifted.meta = {**node.meta, "tensor_meta": None}
             known = constants[id(value)] = (value, lifted)
         node.replace_all_uses_with(known[1])
         graph.graph.erase_node(node)
