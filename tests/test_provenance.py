@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import given
@@ -81,7 +81,7 @@ def test_a_run_without_an_end_counts_for_no_time(seconds: list[float | None], to
     assert computing_time([run(one) for one in seconds]) == told
 
 
-def test_the_command_is_that_of_the_last_study_of_the_kind(tmp_path) -> None:
+def test_the_command_is_that_of_the_last_study_of_the_kind(tmp_path: Path) -> None:
     from impasto.result import Setting
     from impasto.studies.provenance import provenance
 
