@@ -169,18 +169,30 @@ def span(values: Sequence[float], fallback: tuple[float, float] = (0.0, 1.0)) ->
 def fit(rows: Rows, rules: Sequence[Rule], given: Sequence[float] | None = None) -> tuple[float, float]:
     """The y range of a chart: all values and reference lines, and intervals up to a quarter beyond them.
 
-    A very wide interval of one doubtful point would squeeze everything else flat, so it is cut at the frame.
+    A very wide interval of one doubtful point would squeeze everything else flat, so it is cut at the frame. Where all
+    values are equal, their intervals make the range, or where there are none a tenth of the value on either side.
     """
     if given is not None:
         return float(given[0]), float(given[1])
-    low, high = span(numbers(rows, "y") + [float(rule["value"]) for rule in rules])
+    values, known = numbers(rows, "y") + [float(rule["value"]) for rule in rules], numbers(rows, "low", "high")
+    if values and _flat(values):
+        values += known
+        if _flat(values):
+            around = abs(values[0]) / 10 or 0.5
+            values += [values[0] - around, values[0] + around]
+    low, high = span(values)
     room = (high - low) / 4
-    ends = [value for value in numbers(rows, "low", "high") if low - room <= value <= high + room]
-    beyond = [value for value in numbers(rows, "low", "high") if not low - room <= value <= high + room]
+    ends = [value for value in known if low - room <= value <= high + room]
+    beyond = [value for value in known if not low - room <= value <= high + room]
     edges = [min(max(value, low - room), high + room) for value in beyond]
     low, high = span([low, high, *ends, *edges])
     pad = (high - low) * 0.04
     return low - pad, high + pad
+
+
+def _flat(values: Sequence[float]) -> bool:
+    """Whether values differ by no more than sums of floating-point numbers do."""
+    return max(values) - min(values) <= 1e-9 * max(map(abs, values)) + 1e-12
 
 
 def x_axis(cell: Cell, title: str, rows: Rows, *, pad: float = 0.0) -> alt.X:
