@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from impasto import plots
 from impasto.errors import StoreError, UsageError
-from impasto.plots import frame, grids, render, theme
+from impasto.plots import frame, grids, labels, render, theme
 from impasto.result import Figure
 
 EVIL = "<script>alert('&\"x')</script>\x00\x0b\ud800"
@@ -343,7 +343,7 @@ def test_drawing_leaves_the_figure_alone() -> None:
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=7))
 def test_labels_are_moved_apart_in_order(places: list[float]) -> None:
-    moved = frame.apart(places, 12.0, 0.0, 100.0)
+    moved = labels.apart(places, 12.0, 0.0, 100.0)
     ordered = [moved[place] for place in sorted(range(len(places)), key=lambda place: places[place])]
     assert all(b - a >= 12 - 1e-6 for a, b in itertools.pairwise(ordered))
     assert min(moved) >= -1e-6
