@@ -112,6 +112,11 @@ class Plane:
             high - low
         ) * self.height
 
+    def back(self, x: float, y: float) -> tuple[float, float]:
+        """The numbers of a place in pixels, inside or outside of the plot; of axes that are not logarithmic."""
+        (left, right), (low, high) = self.across, self.up
+        return left + x / self.width * (right - left), high - y / self.height * (high - low)
+
     def paths(self, rows: Rows) -> list[Path]:
         """The lines of a figure, one for each stretch of a series without a gap."""
         found: list[list[tuple[float, float]]] = []
