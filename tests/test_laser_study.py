@@ -588,11 +588,15 @@ def test_the_tables_compare_with_the_model_itself_in_every_measure():
     first = tables["Best candidates: FEVER"][0]
     assert first == {
         "edit": "the model itself",
+        "chosen": None,
         "accuracy": 0.5,
         "loss": 1.1,
         "balanced accuracy": 0.48,
         "most given answer": 0.75,
     }
+    assert [row["chosen"] for row in tables["Best candidates: FEVER"]] == [None, True, False]
+    free = dict(page(asked_of(replace(trial, labels=()))[0]).tables)["Best candidates: FEVER"]
+    assert not any("balanced accuracy" in row for row in free)
     assert list(tables["Tasks"][0])[:5] == ["task", "the model itself", "chosen edit", "with it", "difference"]
 
 

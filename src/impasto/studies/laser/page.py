@@ -124,23 +124,21 @@ def _candidates(trial: Trial) -> Iterator[Row]:
     """The best candidates where they were chosen."""
     ordered = sorted(trial.points.items(), key=lambda pair: (-pair[1].accuracy, pair[1].loss or 0.0, str(pair[0])))
     if trial.base is not None and ordered:
-        yield {"edit": "the model itself", **_of(trial.base)}
+        yield {"edit": "the model itself", "chosen": None, **_of(trial.base, trial)}
     for edit, point in ordered[:_SHOWN]:
         yield {
             "edit": str(edit),
-            **_of(point),
-            "foretold change of the loss": trial.screened.get(edit),
             "chosen": edit == trial.chosen,
+            **_of(point, trial),
+            "foretold change of the loss": trial.screened.get(edit),
         }
 
 
-def _of(point: Point) -> Row:
-    return {
-        "accuracy": point.accuracy,
-        "loss": point.loss,
-        "balanced accuracy": point.balanced,
-        "most given answer": point.commonest,
-    }
+def _of(point: Point, trial: Trial) -> Row:
+    found = {"accuracy": point.accuracy, "loss": point.loss}
+    if trial.classes:
+        found |= {"balanced accuracy": point.balanced, "most given answer": point.commonest}
+    return found
 
 
 def _steps(trial: Trial) -> Iterator[Row]:
