@@ -273,7 +273,7 @@ PLANE = Plane((0.0, 1.0), (0.0, 1.0), 700, 300)
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(plot, max_size=14))
-def test_every_number_stands_nearest_to_its_point(cloud: list[tuple[float, float]]) -> None:
+def test_every_number_stands_near_its_point(cloud: list[tuple[float, float]]) -> None:
     names = placed(range(len(cloud)), cloud, sorted(cloud), [], PLANE)
     assert [name.text for name in names] == [str(i + 1) for i in range(len(cloud))]
     for name, place in zip(names, cloud, strict=True):
