@@ -760,6 +760,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         asked.update(options, layers=loaded.layers)
         options["progress"]("skip one", 0.5)
         options["note"]("token budget halved to 8")
+        with options["noted"]:
+            pass
+        (run,) = options["store"].runs()
+        assert (run.outcome, run.seconds is None) == ("finished", False), "a page tells the time of its own run"
         return PAGE
 
     def dry_run_painters(loaded: Any, **options: Any) -> Any:

@@ -343,7 +343,7 @@ def test_folders_and_stores_give_the_page_of_their_evidence(bare: Pair, tmp_path
     first, second = (keep(each, tmp_path / name) for each, name in zip(bare, "ab", strict=True))
     page, wanted = compare([first, str(second)]), comparison(bare)
     assert page.subtitle == "small and large, 3 tasks in common"
-    assert page.facts["command"] == f"impasto report {first} {second}"
+    assert page.facts["command"] == f"impasto report {first.name} {second.name}"
     assert (page.answers, page.figures) == (wanted.answers, wanted.figures)
     with Store(first, readonly=True) as one, Store(second, readonly=True) as other:
         assert compare([one, other]) == page

@@ -1,4 +1,4 @@
-"""Laws of the frontier: who is beaten by nobody, what is chosen, how sure scores are, and labels that keep apart."""
+"""Laws of the frontier: who is beaten by nobody, what is chosen, how sure scores are, numbers that keep apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from impasto import frontier, plots
 from impasto.errors import UsageError
 from impasto.frontier import FULL, METHODS, Choice, Point, Sheet, choices, front, mean_normalised, method, pareto
-from impasto.plots.frontier import Box, Label, placed
+from impasto.plots.frontier import INDENT, listed, numbered, placed
+from impasto.plots.labels import LETTER, Box, Plane
 from impasto.recipe import Recipe
 from impasto.result import Estimate, Result, Setting
 from impasto.store import Store
@@ -267,34 +268,45 @@ def test_figures_of_times_and_rates() -> None:
 
 
 plot = st.tuples(st.floats(0, 700), st.floats(0, 300))
+PLANE = Plane((0.0, 1.0), (0.0, 1.0), 700, 300)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(plot, st.booleans()), max_size=12), st.integers(1, 60))
-def test_labels_of_what_is_behind_the_front_cover_nothing(cloud: list[Any], letters: int) -> None:
-    rows = [{"label": "x" * letters, "frontier": best} for _, best in cloud]
-    places = [place for place, _ in cloud]
-    labels = placed(rows, places, 700, 300)
-    named = [label.row for label in labels]
-    assert len(named) == len(set(named)) and {i for i, (_, best) in enumerate(cloud) if best} <= set(named)
-    for i, label in enumerate(labels):
-        if not rows[label.row]["frontier"]:
-            assert label.box.outside(700, 300) == 0
-            assert not any(label.box.overlap(other.box) for other in labels[:i])
+@given(st.lists(plot, max_size=14))
+def test_every_number_stands_near_its_point(cloud: list[tuple[float, float]]) -> None:
+    names = placed(range(len(cloud)), cloud, sorted(cloud), [], PLANE)
+    assert [name.text for name in names] == [str(i + 1) for i in range(len(cloud))]
+    for name, place in zip(names, cloud, strict=True):
+        assert math.dist((name.x, name.y), place) < 45
 
 
-def test_labels_of_a_front_keep_apart() -> None:
+def test_numbers_of_a_front_keep_apart() -> None:
     places = [(40.0 + 60 * i, 280 - 25.0 * i) for i in range(10)]
-    rows = [{"label": f"0:8 {{8:{9 + i}}} 16:24", "frontier": True} for i in range(10)]
-    labels = placed(rows, places, 740, 330)
-    boxes = [label.box for label in labels]
-    assert len(labels) == 10
+    boxes = [name.box for name in placed(range(10), places, places, [], PLANE)]
     assert not any(a.overlap(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert not any(box.overlap(Box(x - 5, y - 5, x + 5, y + 5)) for box in boxes for x, y in places)
 
 
-def test_boxes() -> None:
-    assert Box(0, 0, 2, 2).overlap(Box(1, 1, 3, 3)) == 1.0 and Box(0, 0, 1, 1).overlap(Box(2, 0, 3, 1)) == 0.0
-    assert Box(-1, 0, 1, 2).outside(10, 10) == 2.0
-    left, right, centre = (Label(0, "abc", 50, 10, align, led=False).box for align in ("left", "right", "center"))
-    assert left.left == 50 and right.right == 50 and math.isclose(centre.left + centre.right, 100)
+@pytest.mark.parametrize(("count", "expected"), [(8, 8), (30, 3)])
+def test_the_front_is_numbered_and_the_rest_where_few_are_there(count: int, expected: int) -> None:
+    rows = [{"x": float(-i), "y": 0.5, "label": f"r{i}", "frontier": i < 3} for i in range(count)]
+    assert numbered(rows) == list(range(expected))[::-1]
+
+
+texts = st.lists(st.text("0:{} ", min_size=1, max_size=60).map(str.strip).filter(bool), min_size=1, max_size=20)
+
+
+@given(texts, st.floats(200, 900))
+def test_the_list_has_every_text_whole_and_none_on_another(labels: list[str], width: float) -> None:
+    entries = listed(labels, width)
+    said: list[str] = []
+    for entry in entries:
+        if entry.number:
+            assert entry.number == str(len(said) + 1)
+            said.append(entry.text)
+        else:
+            said[-1] += entry.text
+    assert ["".join(text.split()) for text in said] == ["".join(label.split()) for label in labels]
+    assert len({(entry.x, entry.y) for entry in entries}) == len(entries)
+    for entry in entries:
+        assert INDENT + entry.x + LETTER * len(entry.text) <= width + 1e-6

@@ -23,7 +23,7 @@ from impasto.recipe import Recipe
 from impasto.result import Estimate
 from impasto.schedule import Schedule
 from impasto.store import Store
-from impasto.studies.laser import findings, paper
+from impasto.studies.laser import figures, findings, paper
 from impasto.studies.laser.claims import QUESTIONS, answers
 from impasto.studies.laser.evidence import (
     BASE,
@@ -53,6 +53,7 @@ from impasto.studies.laser.protocol import (
     Use,
     adapted,
     candidates,
+    composed_of,
     edit,
     layers_of,
     promising,
@@ -569,6 +570,34 @@ def test_a_model_that_gains_as_in_the_paper():
     assert told["pruning"].verdict == "yes" and told["moved"].verdict == "yes"
     assert told["composed"].verdict != "yes"
     assert {figure.key for figure in page(found).figures} >= {"gains", "much", "composition", "composing"}
+
+
+@pytest.mark.parametrize(("accepted", "said"), [(7, " the others: FEVER at 2 edits."), (6, None)])
+def test_states_of_a_composition_that_were_not_measured_are_named(accepted, said):
+    edits = [edit(i, "up", Decimal("0.1")) for i in range(accepted)]
+    states = [tuple(edits[: i + 1]) for i in range(accepted)]
+    report_ = Report(accepted, CUT, None, composed_of(states), PROTOCOLS["standard"])
+    steps = tuple(Step(i, "up", one, 2, 0.1 * i, 0.1 * i, True) for i, one in enumerate(edits))
+    figure = figures.composition(asked_of(replace(world(0.5, 0.6), report=report_, trace=steps))[0])
+    assert (said in figure.caption) if said else ("straight past" not in figure.caption)
+
+
+def test_the_tables_compare_with_the_model_itself_in_every_measure():
+    trial = replace(world(0.5, 0.6), base=Point(0.5, 1.1, 0.48, 0.75))
+    tables = dict(page(asked_of(trial)[0]).tables)
+    first = tables["Best candidates: FEVER"][0]
+    assert first == {
+        "edit": "the model itself",
+        "chosen": None,
+        "accuracy": 0.5,
+        "loss": 1.1,
+        "balanced accuracy": 0.48,
+        "most given answer": 0.75,
+    }
+    assert [row["chosen"] for row in tables["Best candidates: FEVER"]] == [None, True, False]
+    free = dict(page(asked_of(replace(trial, labels=()))[0]).tables)["Best candidates: FEVER"]
+    assert not any("balanced accuracy" in row for row in free)
+    assert list(tables["Tasks"][0])[:5] == ["task", "the model itself", "chosen edit", "with it", "difference"]
 
 
 def test_facts_in_several_wordings_are_right_in_all_of_them_or_not():

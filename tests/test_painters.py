@@ -573,7 +573,12 @@ def test_figures_of_any_depth_have_finite_numbers() -> None:
 
 
 def test_numbers_and_lists_in_sentences() -> None:
-    assert said(-0.125) == "\u22120.12" and said(-0.001) == "0.00" and said(2.0, 1) == "2.0"
+    assert (
+        said(-0.125) == "\u22120.12"
+        and said(-0.001) == "\u22120.001"
+        and said(-1e-17) == "0.00"
+        and said(2.0, 1) == "2.0"
+    )
     assert listed([]) == "" and listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c"
     assert listed(["x"] * 10, 2) == "x, x and 8 more"
     assert set(METHODS) >= set(PAPER_ORDER)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from impasto import plots
 from impasto.errors import StoreError, UsageError
-from impasto.plots import frame, render, theme
+from impasto.plots import frame, grids, labels, render, theme
 from impasto.result import Figure
 
 EVIL = "<script>alert('&\"x')</script>\x00\x0b\ud800"
@@ -343,7 +343,7 @@ def test_drawing_leaves_the_figure_alone() -> None:
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=7))
 def test_labels_are_moved_apart_in_order(places: list[float]) -> None:
-    moved = frame.apart(places, 12.0, 0.0, 100.0)
+    moved = labels.apart(places, 12.0, 0.0, 100.0)
     ordered = [moved[place] for place in sorted(range(len(places)), key=lambda place: places[place])]
     assert all(b - a >= 12 - 1e-6 for a, b in itertools.pairwise(ordered))
     assert min(moved) >= -1e-6
@@ -364,6 +364,32 @@ def test_ticks_of_broken_numbers_are_round_and_few(low: float, length: float, mo
     assert all(low - 1e-6 * length <= tick <= low + length * (1 + 1e-6) for tick in ticks)
     steps = {f"{b - a:.6e}".split("e")[0] for a, b in itertools.pairwise(ticks)}
     assert steps <= {"1.000000", "2.000000", "5.000000"} and len(steps) <= 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-10, 10), st.floats(1e-6, 20))
+def test_labels_of_a_colour_bar_keep_apart(low: float, length: float) -> None:
+    high = low + length
+    ticks = grids.bar_ticks(low, high)
+    assert ticks and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+    widest = max(len(f"{tick:.12f}".rstrip("0").rstrip(".")) for tick in ticks)
+    for one, two in itertools.pairwise(ticks):
+        assert (two - one) / length * grids.BAR >= 6.2 * widest + 8
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.016, 0.016), (-0.64, 0.64), (0.02, 0.73), (-1e-6, 1e-6), (0.99, 1.0)])
+def test_a_colour_bar_has_labels_on_both_sides(low: float, high: float) -> None:
+    assert len(grids.bar_ticks(low, high)) >= 2
+
+
+@pytest.mark.parametrize("value", [0.616, -3.0, 1e-4, 0.0])
+def test_the_axis_of_a_flat_line_is_no_wider_than_what_is_known(value: float) -> None:
+    rows = [{"x": x, "y": value + x * 1e-17, "low": None, "high": None} for x in range(5)]
+    low, high = frame.fit(rows, ())
+    assert low < value < high and high - low <= (0.25 * abs(value) or 1.1)
+    rows.append({"x": 0, "y": value, "low": value - 0.002, "high": value})
+    low, high = frame.fit(rows, ())
+    assert low < value - 0.002 and value < high < value + 0.001 and low > value - 0.003
 
 
 def test_an_axis_of_shares_has_round_labels() -> None:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from impasto import plots, report
 from impasto.errors import StoreError, UsageError
 from impasto.result import Answer, Estimate, Figure, Page
+from impasto.studies.reading import said
 
 EVIL = "<script>alert('&\"x')</script><img src=x onerror=y>\x00\x0b"
 VOID = {"meta", "input", "br", "img", "link"}
@@ -275,7 +279,12 @@ def test_numbers_are_short(value: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "scale", "text"),
     [
-        (-0.000304, 0.107, "0.000"),
+        (-0.000304, 0.107, "\u22120.0003"),
+        (-0.0001, 0.01, "\u22120.0001"),
+        (0.00004, 0.03, "0.00004"),
+        (-3e-9, 0.03, "\u22123e\u221209"),
+        (-1e-17, 0.03, "0.000"),
+        (-1e-17, 1e-17, "0.000"),
         (-0.0005001, 0.107, "\u22120.001"),
         (0.0007, 1.0, "0.001"),
         (0.00012, 0.0009, "1.20e\u221204"),
@@ -288,11 +297,29 @@ def test_small_numbers_beside_others_are_fixed_decimals(value: float, scale: flo
     assert report.short(value, scale) == text
 
 
+@given(st.floats(-1e9, 1e9), st.none() | st.floats(0, 1e9), st.integers(0, 4))
+def test_what_is_printed_lies_on_the_side_of_zero_on_which_the_number_lies(
+    value: float, scale: float | None, digits: int
+) -> None:
+    """But for what floating-point sums leave of nothing: a drawing and the number under it never contradict."""
+    zero = abs(value) < 1e-12
+    for text in (report.short(value, scale), said(value, digits), str(Estimate(value))):
+        plain = text.replace("\u2212", "-").replace(",", "")
+        assert (0 if zero else math.copysign(1, value)) == (float(plain) and math.copysign(1, float(plain)))
+        assert not zero or "-" not in plain
+
+
+def test_an_interval_beside_zero_is_seen_to_be_beside_it() -> None:
+    assert report._estimate(Estimate(0.015, 0.0001, 0.03)) == "0.015 [0.0001, 0.030]"
+    assert report._estimate(Estimate(-0.0001, -0.0004, 0.01)) == "\u22120.0001 [\u22120.0004, 0.010]"
+    assert str(Estimate(-0.0001, 0.0, 0.01)) == "-0.0001 [0.000, 0.010]"
+
+
 def test_numbers_of_an_interval_and_of_a_column_share_a_scale() -> None:
-    assert report._estimate(Estimate(0.063, -0.000304, 0.107)) == "0.063 [0.000, 0.107]"
+    assert report._estimate(Estimate(0.063, -0.000304, 0.107)) == "0.063 [\u22120.0003, 0.107]"
     assert report._estimate(Estimate(2e-4, 1e-4, 3e-4)) == "2.00e\u221204 [1.00e\u221204, 3.00e\u221204]"
     shown = page(tables=(("T", ({"small": 2e-4, "all": 2e-4, "n": 1}, {"small": 0.5, "all": 4e-5, "n": None})),))
-    assert "small all n 0.000 2.00e\u221204 1 0.500 4.00e\u221205 \u2013" in Outline(report.render(shown)).prose
+    assert "small all n 0.0002 2.00e\u221204 1 0.500 4.00e\u221205 \u2013" in Outline(report.render(shown)).prose
 
 
 def test_a_table_with_the_title_of_a_section_stands_in_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -54,6 +55,20 @@ def test_a_finished_study_is_a_page_again_without_running_anything(study, loaded
         again = run_painters(loaded, store=store, methods=METHODS, **ASKED)
     assert again.answers == page.answers
     assert page_of(folder).answers == page.answers
+
+
+def test_the_run_is_noted_before_the_page_that_tells_its_time_is_made(loaded, tmp_path):
+    @contextlib.contextmanager
+    def noted(store):
+        run = store.start_run(["impasto", "study", "painters", "/data/tiny"], versions={})
+        yield
+        store.finish_run(run, seconds=240.0)
+
+    with Store(tmp_path) as store:
+        page = run_painters(loaded, store=store, methods=["skip_one"], noted=noted(store), **ASKED)
+    assert page.facts["computing time"] == "4.0 minutes in 1 run"
+    assert page.facts["command"] == "impasto study painters tiny"
+    assert page_of(tmp_path).facts == page.facts
 
 
 def test_a_page_is_made_without_torch(study):

@@ -302,7 +302,7 @@ def figure(panels: Mapping[str, Sequence[Point]], *, key: str = "frontier", part
         caption=(
             "Each point is a recipe: its time as a share of the untouched model's, measured in turns with it, and the "
             "mean over tasks of its normalised score. Lines are 95 % intervals. The step joins the recipes that no "
-            "other one beats in both."
+            "other one beats in both; they are numbered from left to right and listed below."
         ),
         kind="frontier",
         rows=tuple(rows),

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from impasto import plots
 from impasto.errors import StoreError, UsageError
-from impasto.result import Answer, Estimate, Figure, Page, Row, Verdict
+from impasto.result import Answer, Estimate, Figure, Page, Row, Verdict, fixed
 
 VERDICTS: Mapping[Verdict, tuple[str, str]] = {
     "yes": ("Yes", "\u2713"),
@@ -240,8 +240,9 @@ def _estimate(estimate: Estimate | None) -> str:
 def short(value: float, scale: float | None = None) -> str:
     """A number for reading: three decimals below 10, fewer above, a real minus sign, thousands apart.
 
-    A number that rounds to nothing beside larger ones is 0.000, without a sign. Scientific notation is for what lives
-    on such a scale: a million and more, and numbers that stand only among others below 0.001.
+    A number that rounds to nothing beside larger ones has more decimals, so that the reader sees on which side of zero
+    it lies; see `impasto.result.fixed`. Scientific notation is for what lives on such a scale: a million and more, and
+    numbers that stand only among others below 0.001.
 
     Args:
         value: the number; a whole number given as `int` stays whole.
@@ -251,18 +252,15 @@ def short(value: float, scale: float | None = None) -> str:
         >>> short(-0.12345), short(1234.5), short(3)
         ('\u22120.123', '1,234', '3')
         >>> short(-3.04e-4, 0.107), short(-3.04e-4)
-        ('0.000', '\u22123.04e\u221204')
+        ('\u22120.0003', '\u22123.04e\u221204')
     """
     size = abs(value)
     if isinstance(value, int) or not math.isfinite(value):
         text = f"{value:,}"
-    elif size >= 1e6 or (value != 0 and max(size, scale or 0.0) < 0.001):
+    elif size >= 1e6 or (max(size, scale or 0.0) < 0.001 and fixed(value) != fixed(0.0)):
         text = f"{value:.2e}"
-    elif size < 0.0005:
-        text = "0.000"
     else:
-        decimals = 3 if size < 10 else 1 if size < 1000 else 0
-        text = f"{value:,.{decimals}f}"
+        text = fixed(value, 3 if size < 10 else 1 if size < 1000 else 0)
     return text.replace("-", "\u2212")
 
 

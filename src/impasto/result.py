@@ -131,6 +131,28 @@ class Result:
     info: Mapping[str, Any] = field(default_factory=dict)  # task version, shots, chance, majority, higher_is_better...
 
 
+_NOTHING = 1e-12
+"""What sums of floating-point numbers leave where nothing should be left; printed as zero."""
+
+
+def fixed(value: float, digits: int = 3) -> str:
+    """A number with so many decimals, and where these are all zero with as many more as show its first digit.
+
+    So a reader sees on which side of zero every number lies. Only what is nothing but rounding is 0, without a sign.
+
+    Example:
+        >>> fixed(-0.12345), fixed(-0.00012), fixed(0.0), fixed(3e-9, 2)
+        ('-0.123', '-0.0001', '0.000', '3e-09')
+    """
+    text = f"{value:,.{digits}f}"
+    if any(letter not in "-0.," for letter in text):
+        return text
+    if abs(value) < _NOTHING:
+        return f"{0:.{digits}f}"
+    first = -math.floor(math.log10(abs(value)))
+    return f"{value:.{first}f}" if first <= max(6, digits) else f"{value:.0e}"
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A number with its 95 % interval; `low`/`high` are None where no interval can be given."""
@@ -141,8 +163,8 @@ class Estimate:
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+            return fixed(self.value)
+        return f"{fixed(self.value)} [{fixed(self.low)}, {fixed(self.high)}]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,8 +165,8 @@ def laser(
             progress.close()
             console.output().print(console.facts(_planned(plan)))
             return
-        with recorded(store, ["impasto", *sys.argv[1:]], seed=seed):
-            page = run_laser(loaded, where=where, counts=frequencies, texts=text, **asked)
+        noted = recorded(store, ["impasto", *sys.argv[1:]], seed=seed)
+        page = run_laser(loaded, where=where, counts=frequencies, texts=text, noted=noted, **asked)
         progress.bytes("drawing the page", 0, 0)
         path = write(page, folder)
     show(page, path)

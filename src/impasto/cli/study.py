@@ -106,8 +106,7 @@ def painters(
             progress.close()
             console.output().print(console.facts(planned(plan)))
             return
-        with recorded(store, ["impasto", *sys.argv[1:]], seed=None):
-            page = run_painters(loaded, where=where, **asked)
+        page = run_painters(loaded, where=where, noted=recorded(store, ["impasto", *sys.argv[1:]]), **asked)
         progress.bytes("drawing the page", 0, 0)
         path = write(page, store.folder)
     show(page, path)

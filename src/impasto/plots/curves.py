@@ -13,7 +13,6 @@ from impasto.plots.frame import (
     Key,
     Rows,
     Rule,
-    apart,
     fit,
     lines,
     look,
@@ -21,7 +20,6 @@ from impasto.plots.frame import (
     number,
     numbers,
     panels,
-    reference,
     renamed,
     span,
     table,
@@ -30,6 +28,7 @@ from impasto.plots.frame import (
     x_axis,
     y_axis,
 )
+from impasto.plots.labels import NEAR, Plane, apart, ended, reference, written
 from impasto.plots.theme import LIGHT
 
 NORMALISED: tuple[Rule, ...] = ({"value": 0.0, "name": "chance"}, {"value": 1.0, "name": "full model"})
@@ -59,7 +58,7 @@ def layer_curve(
         frame = fit(mine, ours, y_domain)
         y = y_axis(cell, y_title, frame)
         x = x_axis(cell, x_title, rows, pad=0.5 if layers else _share(rows, 0.02))
-        under, over = reference(rules, cell, y, mine)
+        under, over = reference(rules, cell, x, y, mine)
         return titled(alt.layer(*under, *lines(mine, rows, x, y, key, frame=frame, points=26), *over), cell)
 
     count = len(names(rows, "panel"))
@@ -87,7 +86,7 @@ def affected_curves(
     def build(cell: Cell, mine: Rows) -> Chart:
         y = y_axis(cell, y_title, frame, labels=False)
         x = x_axis(cell, x_title, rows, pad=_share(rows, 0.03))
-        under, over = reference(rules, cell, y, mine, named=cell.first)
+        under, over = reference(rules, cell, x, y, mine, named=cell.first)
         return titled(alt.layer(*under, *lines(mine, rows, x, y, key, frame=frame, points=18, band=0.1), *over), cell)
 
     count = len(names(rows, "panel"))
@@ -114,12 +113,15 @@ def summary_curves(
     series: Sequence[str] | None = None,
     y_domain: Sequence[float] | None = None,
 ) -> Chart:
-    """All methods on one chart, each named where its line ends."""
+    """All methods on one chart, each named where its line ends: right of the frame, or beside an end inside of it."""
     key = Key.of(rows, canvas, series, legend=False)
     frame = fit(rows, rules, y_domain)
-    ends = _ends(rows)
+    every = _ends(rows)
+    left, right = span(numbers(rows, "x"))
+    late = right - NEAR / canvas.width * (right - left)
+    ends = [end for end in every if end[1] >= late]
     longest = max((len(name) for name, _, _ in ends), default=0)
-    margin = min(round(longest * 6.6) + 24, canvas.width // 3) if len(ends) > 1 else 12
+    margin = min(round(longest * 6.6) + 24, canvas.width // 3) if len(every) > 1 else 12
     cell = Cell(
         name=None,
         width=canvas.width - 62 - margin,
@@ -129,10 +131,12 @@ def summary_curves(
         bottom=True,
     )
     x, y = x_axis(cell, x_title, rows, pad=_share(rows, 0.02)), y_axis(cell, y_title, frame)
-    under, over = reference(rules, cell, y, rows)
+    under, over = reference(rules, cell, x, y, rows)
     layers = [*under, *lines(rows, rows, x, y, key, frame=frame, points=34, band=0.09), *over]
-    if len(ends) > 1:
+    if len(every) > 1:
         layers += _end_labels(ends, cell, frame, x, y, key, rows, margin)
+        inside = ended([end for end in every if end not in ends], rules, rows, Plane.of(x, y, cell))
+        layers += [layer for name in inside for layer in written(name, fontSize=12, color=LIGHT["ink"])]
     return titled(alt.layer(*layers), cell)
 
 
@@ -213,7 +217,7 @@ def states(
             frame = fit(mine, ours)
         y = y_axis(cell, y_title, frame, log=logarithmic)
         x = x_axis(cell, x_title, rows, pad=0.3)
-        under, over = reference(rules, cell, y, mine)
+        under, over = reference(rules, cell, x, y, mine)
         return titled(alt.layer(*under, *lines(mine, rows, x, y, key, frame=frame, points=16), *over), cell)
 
     count = len(names(rows, "panel"))
@@ -256,7 +260,7 @@ def trace(
         dots = alt.Chart(table(trials)).mark_point(size=42, strokeWidth=1.5, filled=True, opacity=1)
         colour = alt.Color(field="trial", type="nominal", scale=scale, legend=legend)
         shape = alt.Shape(field="trial", type="nominal", scale=shapes, legend=legend)
-        under, over = reference(rules, cell, y, mine)
+        under, over = reference(rules, cell, x, y, mine)
         return titled(
             alt.layer(
                 *under,

@@ -1,4 +1,4 @@
-"""Pieces that several drawings share: canvas, panels, axes, legend, lines with intervals, reference lines."""
+"""Pieces that several drawings share: canvas, panels, axes, legend, lines with intervals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import altair as alt
 
-from impasto.plots.theme import LIGHT, looks
+from impasto.plots.theme import looks
 from impasto.result import Row
 
 FORMAT = ",~r"  # numbers on axes: no more digits than the step between labels needs
@@ -169,18 +169,30 @@ def span(values: Sequence[float], fallback: tuple[float, float] = (0.0, 1.0)) ->
 def fit(rows: Rows, rules: Sequence[Rule], given: Sequence[float] | None = None) -> tuple[float, float]:
     """The y range of a chart: all values and reference lines, and intervals up to a quarter beyond them.
 
-    A very wide interval of one doubtful point would squeeze everything else flat, so it is cut at the frame.
+    A very wide interval of one doubtful point would squeeze everything else flat, so it is cut at the frame. Where all
+    values are equal, their intervals make the range, or where there are none a tenth of the value on either side.
     """
     if given is not None:
         return float(given[0]), float(given[1])
-    low, high = span(numbers(rows, "y") + [float(rule["value"]) for rule in rules])
+    values, known = numbers(rows, "y") + [float(rule["value"]) for rule in rules], numbers(rows, "low", "high")
+    if values and _flat(values):
+        values += known
+        if _flat(values):
+            around = abs(values[0]) / 10 or 0.5
+            values += [values[0] - around, values[0] + around]
+    low, high = span(values)
     room = (high - low) / 4
-    ends = [value for value in numbers(rows, "low", "high") if low - room <= value <= high + room]
-    beyond = [value for value in numbers(rows, "low", "high") if not low - room <= value <= high + room]
+    ends = [value for value in known if low - room <= value <= high + room]
+    beyond = [value for value in known if not low - room <= value <= high + room]
     edges = [min(max(value, low - room), high + room) for value in beyond]
     low, high = span([low, high, *ends, *edges])
     pad = (high - low) * 0.04
     return low - pad, high + pad
+
+
+def _flat(values: Sequence[float]) -> bool:
+    """Whether values differ by no more than sums of floating-point numbers do."""
+    return max(values) - min(values) <= 1e-9 * max(map(abs, values)) + 1e-12
 
 
 def x_axis(cell: Cell, title: str, rows: Rows, *, pad: float = 0.0) -> alt.X:
@@ -434,82 +446,3 @@ def _runs(ordered: Rows) -> list[list[Row]]:
             runs.append([row])
         last = mark
     return runs
-
-
-def reference(
-    rules: Sequence[Rule], cell: Cell, y: alt.Y, rows: Rows, *, named: bool = True
-) -> tuple[list[Chart], list[Chart]]:
-    """Horizontal reference lines of a panel, to draw below the data, and their names, to draw above it.
-
-    A name stands just above its line, at the end where the rows' values keep away from it.
-    """
-    mine = [rule for rule in rules if rule.get("panel") in (None, cell.name)]
-    if not mine:
-        return [], []
-    data = table({"y": float(rule["value"])} for rule in mine)
-    under = alt.Chart(data).mark_rule(color=LIGHT["rule"], strokeDash=[4, 3], strokeWidth=1).encode(y=y)
-    over: list[Chart] = []
-    for rule in mine:
-        if named and rule.get("name"):
-            value = float(rule["value"])
-            left = _room(rows, value, first=True) > _room(rows, value, first=False)
-            text = alt.Chart(table([{"y": value, "name": str(rule["name"])}])).encode(
-                x=alt.value(2 if left else cell.width), y=y, text=alt.Text(field="name", type="nominal")
-            )
-            over += haloed(text, align="left" if left else "right", baseline="bottom", dy=-2)
-    return [under], over
-
-
-def _room(rows: Rows, value: float, *, first: bool) -> float:
-    """How far the nearest value of the first (or last) quarter of the x range is from a height."""
-    low, high = span(numbers(rows, "x"))
-    quarter = (high - low) / 4
-    near = [
-        abs(y - value)
-        for row in rows
-        if (x := number(row, "x")) is not None
-        and (y := number(row, "y")) is not None
-        and (x <= low + quarter if first else x >= high - quarter)
-    ]
-    return min(near, default=0.0)
-
-
-def haloed(text: Chart, **mark: Any) -> list[Chart]:
-    """A small text mark on a rim of paper, so that lines behind it do not strike it through."""
-    rim = text.mark_text(fontSize=11, stroke=LIGHT["paper"], strokeWidth=3, strokeOpacity=0.85, **mark)
-    return [rim, text.mark_text(fontSize=11, color=LIGHT["muted"], **mark)]
-
-
-def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places moved a little, so that neighbours are `gap` apart, inside [low, high] where there is room.
-
-    Example:
-        >>> apart([10.0, 11.0, 50.0], 8.0, 0.0, 100.0)
-        [6.5, 14.5, 50.0]
-    """
-    order = sorted(range(len(places)), key=lambda place: places[place])
-    groups: list[list[int]] = []
-    for place in order:
-        groups.append([place])
-        while len(groups) > 1 and _centre(groups[-1], places) - _centre(groups[-2], places) < (
-            gap * (len(groups[-1]) + len(groups[-2])) / 2
-        ):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    moved = [
-        _centre(members, places) + gap * (rank - (len(members) - 1) / 2)
-        for members in groups
-        for rank in range(len(members))
-    ]
-    floor = low
-    for rank, wanted in enumerate(moved):
-        moved[rank] = max(wanted, floor)
-        floor = moved[rank] + gap
-    ceiling = high
-    for rank in reversed(range(len(moved))):
-        moved[rank] = min(moved[rank], ceiling)
-        ceiling = moved[rank] - gap
-    return [moved[order.index(place)] for place in range(len(places))]
-
-
-def _centre(members: Sequence[int], places: Sequence[float]) -> float:
-    return sum(places[member] for member in members) / len(members)

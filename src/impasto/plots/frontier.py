@@ -1,9 +1,11 @@
-"""The drawing of accuracy against latency: intervals in both directions, the front, and labels that keep apart."""
+"""The drawing of accuracy against latency: intervals in both directions, the front, and what is on it, in a list."""
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import altair as alt
@@ -25,57 +27,32 @@ from impasto.plots.frame import (
     table,
     titled,
 )
+from impasto.plots.labels import LETTER, Box, Name, Path, Plane, cost, haloed
 from impasto.plots.theme import LIGHT
+from impasto.result import Row
 
-LETTER = 5.7  # pixels of an average letter of a label
-LINE = 13.0  # pixels of its height
 DOT = 5.0  # half the size of a point
-CROWD = 10  # points of a panel up to which those behind the front are labelled too, where there is room
-MOST = 44  # letters of a label
+CROWD = 10  # points of a panel up to which those behind the front are numbered too
+FIGURE = 6.2  # pixels of a digit of a number at a point
+LED = 13.0  # pixels from which on a line leads from a point to its number
+BETWEEN = 4.0  # pixels between two numbers side by side
+ROW = 15.0  # pixels of a line of the list under a panel
+INDENT = 24.0  # pixels of its numbers
+EDGE = 48.0  # pixels left of the plot that the list may use on a phone
+GUTTER = 22.0  # pixels between its columns
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
-    """A rectangle in pixels of the plot, y downwards."""
+class Entry:
+    """A line of the list under a panel: pixels from the plot's left edge and below the list's top.
 
-    left: float
-    top: float
-    right: float
-    bottom: float
+    `number` is empty where the text of the line above goes on.
+    """
 
-    def overlap(self, other: Box) -> float:
-        """Square pixels that both cover."""
-        across = min(self.right, other.right) - max(self.left, other.left)
-        down = min(self.bottom, other.bottom) - max(self.top, other.top)
-        return max(across, 0.0) * max(down, 0.0)
-
-    def outside(self, width: float, height: float) -> float:
-        """Square pixels outside of a plot of this size."""
-        return self.area - self.overlap(Box(0.0, 0.0, width, height))
-
-    @property
-    def area(self) -> float:
-        """Square pixels."""
-        return (self.right - self.left) * (self.bottom - self.top)
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """Where a text stands: the middle of its left or right end in pixels, and whether a line leads to its point."""
-
-    row: int
+    number: str
     text: str
     x: float
     y: float
-    align: str
-    led: bool
-
-    @property
-    def box(self) -> Box:
-        """What the text covers."""
-        width = len(self.text) * LETTER
-        left = self.x if self.align == "left" else self.x - width if self.align == "right" else self.x - width / 2
-        return Box(left, self.y - LINE / 2, left + width, self.y + LINE / 2)
 
 
 def frontier(
@@ -89,9 +66,10 @@ def frontier(
     panel_order: Sequence[str] | None = None,
     columns: int | None = None,
 ) -> Chart:
-    """Points with intervals in both directions; a step joins the rows whose `frontier` is true, and names them.
+    """Points with intervals in both directions; a step joins the rows whose `frontier` is true.
 
-    Other points are named where few are there and a label finds room.
+    Those are numbered from left to right, and a list under the panel says what they are: they crowd together where the
+    front is steep, and their names are long. Where few points are there, all of them are numbered.
     """
     key = Key.of(rows, canvas, series)
 
@@ -129,9 +107,15 @@ def frontier(
         layers.append(arms.encode(x=renamed(x, "x_low"), x2=alt.X2(field="x_high"), y=y, color=colour))
         dots = alt.Chart(table(known)).mark_point(filled=True, size=60, opacity=1)
         layers.append(dots.encode(x=x, y=y, color=colour, shape=key.shape(rows)))
-        places = [_pixels(row, across, up, cell) for row in known]
-        labels = placed(known, places, cell.width, cell.height)
-        layers += _written(labels, places, across, up, cell, x, y)
+        plane = Plane(across, up, cell.width, cell.height)
+        places = [plane.place(number(row, "x") or 0.0, number(row, "y") or 0.0) for row in known]
+        chosen = numbered(known)
+        step = _step([plane.place(*_point(row)) for row in best])
+        names = placed(chosen, places, step, [plane.level(value) for value in ours], plane)
+        layers += _numbers(names, [places[i] for i in chosen], plane, x, y)
+        left, top = (0.0 if canvas.wide else -EDGE), cell.height + (52.0 if cell.bottom else 34.0)
+        entries = listed([str(known[i].get("label")) for i in chosen], cell.width - left)
+        layers += _list([replace(entry, x=left + entry.x, y=top + entry.y) for entry in entries], plane, x, y)
         return titled(alt.layer(*layers), cell)
 
     return panels(
@@ -146,97 +130,82 @@ def frontier(
     )
 
 
-def placed(
-    rows: Rows, places: Sequence[tuple[float, float]], width: float, height: float, most: int = MOST
-) -> list[Label]:
-    """Labels of points such that none covers another label, a point, or the edge of the plot.
+def numbered(rows: Rows) -> list[int]:
+    """Which rows have a number, from left to right: those of the front, or all where there are few."""
+    some = [i for i, row in enumerate(rows) if row.get("label") and (row.get("frontier") or len(rows) <= CROWD)]
+    return sorted(some, key=lambda i: _point(rows[i]))
 
-    Points of the front come first and are always labelled, at the least bad place if there is no good one; others are
-    left without a label then.
+
+def placed(
+    chosen: Sequence[int], places: Sequence[tuple[float, float]], step: Path, rules: Sequence[Path], plane: Plane
+) -> list[Name]:
+    """The numbers 1, 2, 3... of some points, each near its own, where they cover least.
 
     Args:
-        rows: with `label` and `frontier`.
-        places: the points in pixels.
-        width: of the plot.
-        height: of the plot.
-        most: letters after which a label is cut.
+        chosen: the points that are numbered.
+        places: all points, in pixels.
+        step: the line that joins the front, in pixels.
+        rules: reference lines, which a number may hide a bit of.
+        plane: of the plot.
     """
     dots = [Box(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in places]
-    step = _steps([place for row, place in zip(rows, places, strict=True) if row.get("frontier")])
-    longest = min(most, max(6, int(0.6 * width / LETTER)))
-    found: list[Label] = []
-
-    def cost(label: Label) -> tuple[float, float]:
-        """What the label covers that it must not, and what it had better not."""
-        box, way = label.box, _way(*places[label.row], label)
-        bad = sum(box.overlap(other.box) for other in found) + box.outside(width, height)
-        bad += sum(box.overlap(dot) for place, dot in enumerate(dots) if place != label.row or label.led)
-        bad += 20 * sum(other.box.overlap(bit) > 0 for other in found for bit in way)
-        bad += 20 * sum(dot.overlap(bit) > 0 for place, dot in enumerate(dots) for bit in way if place != label.row)
-        bad += 20 * sum(box.overlap(bit) > 0 for other in found for bit in _way(*places[other.row], other))
-        return bad, sum(box.overlap(part) for part in step)
-
-    for i in sorted(range(len(rows)), key=lambda i: (not rows[i].get("frontier"), places[i][1], places[i][0])):
-        text, best = str(rows[i].get("label") or ""), bool(rows[i].get("frontier"))
-        if not text or (not best and len(rows) > CROWD):
-            continue
-        text = text if len(text) <= longest else text[: longest - 1] + "…"
-        near: list[tuple[float, Label]] = []
-        far: list[tuple[float, Label]] = []
-        for distance, label in _candidates(i, text, *places[i]):
-            (far if label.led else near).append((distance, label))
-        tried = [(*cost(label), distance, label) for distance, label in near]
-        if best and all(bad for bad, *_ in tried):
-            for distance, label in far:
-                tried.append((*cost(label), distance, label))
-                if not tried[-1][0]:
-                    break
-        bad, _, _, label = min(tried, key=lambda one: one[0] * 10 + one[1] + one[2])
-        if best or not bad:
-            found.append(label)
+    found: list[Name] = []
+    for count, i in enumerate(chosen, 1):
+        written = [name.box for name in found]
+        taken = [*dots, *(replace(box, left=box.left - BETWEEN, right=box.right + BETWEEN) for box in written)]
+        tried = list(_around(str(count), *places[i]))
+        costs = [
+            away + 3 * cost(name, [], [step], taken, plane, head=ROW) + sum(map(name.box.crossed, rules)) / 8
+            for away, name in tried
+        ]
+        found.append(tried[min(range(len(tried)), key=costs.__getitem__)][1])
     return found
 
 
-def _steps(front: Sequence[tuple[float, float]]) -> list[Box]:
-    """The line that joins the front, as thin rectangles."""
-    ordered = sorted(front)
-    return [
-        part
-        for (x, y), (right, up) in pairwise(ordered)
-        for part in (Box(x, y - 1, right, y + 1), Box(right - 1, min(up, y), right + 1, max(up, y)))
-    ]
+def _around(text: str, x: float, y: float) -> Iterator[tuple[float, Name]]:
+    """Places for a number, and how much worse than the best ones they are, were they all free.
 
-
-def _way(x: float, y: float, label: Label) -> list[Box]:
-    """Dots along the line that leads from a point to its label; none where the label stands beside it."""
-    if not label.led:
-        return []
-    bits = 8
-    middle = [((bits - i) / bits, i / bits) for i in range(1, bits)]
-    return [
-        Box(at - 1, down - 1, at + 1, down + 1)
-        for at, down in ((a * x + b * label.x, a * y + b * label.y) for a, b in middle)
-    ]
-
-
-def _candidates(row: int, text: str, x: float, y: float) -> Iterator[tuple[float, Label]]:
-    """Places for a label and how far they are: beside its point, above and below it, and farther away with a line.
-
-    A front runs from the lower left to the upper right, so that the upper left is where there is room.
+    A front runs from the lower left to the upper right, so that there is room at the upper left.
     """
-    beside = DOT + 4
-    yield 0.0, Label(row, text, x - beside, y - LINE / 2 - 3, "right", led=False)
-    yield 1.0, Label(row, text, x + beside, y + LINE / 2 + 3, "left", led=False)
-    yield 2.0, Label(row, text, x + beside, y - LINE / 2 - 3, "left", led=False)
-    yield 3.0, Label(row, text, x - beside, y + LINE / 2 + 3, "right", led=False)
-    for down in (-1, 1):
-        yield 4.0, Label(row, text, x, y + down * (DOT + LINE / 2 + 2), "center", led=False)
-    for away in range(20, 140, 15):
-        for side, align in ((-1, "right"), (1, "left")):
-            for slant in (0.3, 0.8, 2.0):
-                place = x + side * slant * away
-                for down in (-1, 1):
-                    yield float(10 + away * (1 + slant)), Label(row, text, place, y + down * away, align, led=True)
+    for away in (12.0, 15.0, 20.0, 26.0, 33.0):
+        for turn in (0, 45, -45, 90, -90, 135, -135, 180):
+            angle = math.radians(135 + turn)
+            reach = away + abs(math.cos(angle)) * FIGURE * (len(text) - 1) / 2
+            at = Name(text, x + reach * math.cos(angle), y - reach * math.sin(angle), "center", FIGURE)
+            yield (away - 12) / 2 + abs(turn) / 180, at
+
+
+def listed(texts: Sequence[str], width: float) -> list[Entry]:
+    """Numbered texts in as many columns as fit, one below the other; too long ones go on in the next line.
+
+    Example:
+        >>> [(entry.number, entry.x, entry.y) for entry in listed(["a", "b", "c"], 95)]
+        [('1', 0.0, 0.0), ('2', 0.0, 15.0), ('3', 51.7, 0.0)]
+    """
+    letters = max(int((width - INDENT) / LETTER), 8)
+    broken = [textwrap.wrap(text, letters) or [""] for text in texts]
+    widest = INDENT + LETTER * max((len(line) for lines in broken for line in lines), default=0)
+    columns = max(1, min(len(texts), int((width + GUTTER) // (widest + GUTTER))))
+    tall = -(-sum(map(len, broken)) // columns)
+    found: list[Entry] = []
+    column = row = 0
+    for count, lines in enumerate(broken, 1):
+        if row and row + len(lines) > tall and column < columns - 1:
+            column, row = column + 1, 0
+        for place, line in enumerate(lines):
+            found.append(Entry("" if place else str(count), line, round(column * (widest + GUTTER), 2), row * ROW))
+            row += 1
+    return found
+
+
+def _step(front: Sequence[tuple[float, float]]) -> Path:
+    """The line that joins the front: to the right first, then up or down."""
+    corners = [(right, y) for (_, y), (right, _) in pairwise(front)]
+    return [point for pair in zip(front, [*corners, *front[-1:]], strict=True) for point in pair]
+
+
+def _point(row: Row) -> tuple[float, float]:
+    return number(row, "x") or 0.0, number(row, "y") or 0.0
 
 
 def _domain(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
@@ -248,50 +217,30 @@ def _domain(values: Sequence[float], ends: Sequence[float]) -> tuple[float, floa
     return low - pad, high + pad
 
 
-def _pixels(row: object, across: tuple[float, float], up: tuple[float, float], cell: Cell) -> tuple[float, float]:
-    x, y = (number(row, field) or 0.0 for field in ("x", "y"))  # type: ignore[arg-type]
-    return (
-        (x - across[0]) / (across[1] - across[0]) * cell.width,
-        (up[1] - y) / (up[1] - up[0]) * cell.height,
-    )
-
-
-def _written(
-    labels: Sequence[Label],
-    places: Sequence[tuple[float, float]],
-    across: tuple[float, float],
-    up: tuple[float, float],
-    cell: Cell,
-    x: alt.X,
-    y: alt.Y,
+def _numbers(
+    names: Sequence[Name], points: Sequence[tuple[float, float]], plane: Plane, x: alt.X, y: alt.Y
 ) -> list[Chart]:
-    """The labels as text marks on a rim of paper, and the lines that lead to them."""
-
-    def back(at: float, down: float) -> tuple[float, float]:
-        return (
-            across[0] + at / cell.width * (across[1] - across[0]),
-            up[1] - down / cell.height * (up[1] - up[0]),
-        )
-
-    layers: list[Chart] = []
+    """The numbers as marks on a rim of paper, and short lines to those that stand farther away from their points."""
     leaders = []
-    for label in labels:
-        if label.led:
-            (px, py), (tx, ty) = places[label.row], (label.x, label.y)
-            one, two = back(px, py), back(tx - (3 if label.align == "left" else -3), ty)
-            leaders.append({"x": one[0], "y": one[1], "x_to": two[0], "y_to": two[1]})
-    if leaders:
-        line = alt.Chart(table(leaders)).mark_rule(color=LIGHT["rule"], strokeWidth=0.8, opacity=0.8)
-        layers.append(line.encode(x=x, y=y, x2=alt.X2(field="x_to"), y2=alt.Y2(field="y_to")))
-    for align in ("left", "right", "center"):
-        mine = [
-            dict(zip(("x", "y"), back(label.x, label.y), strict=True), name=label.text)
-            for label in labels
-            if label.align == align
-        ]
-        if mine:
-            base = alt.Chart(table(mine)).encode(x=x, y=y, text=alt.Text(field="name", type="nominal"))
-            mark = {"align": align, "baseline": "middle", "fontSize": 11}
-            layers.append(base.mark_text(stroke=LIGHT["paper"], strokeWidth=3, strokeOpacity=0.85, **mark))
-            layers.append(base.mark_text(color=LIGHT["ink"], **mark))
-    return layers
+    for name, point in zip(names, points, strict=True):
+        if math.dist((name.x, name.y), point) > LED + FIGURE * (len(name.text) - 1) / 2:
+            (left, down), (right, up) = plane.back(*point), plane.back(name.x, name.y)
+            leaders.append({"x": left, "y": down, "x_to": right, "y_to": up})
+    line = alt.Chart(table(leaders)).mark_rule(color=LIGHT["rule"], strokeWidth=0.8)
+    layers = [line.encode(x=x, y=y, x2=alt.X2(field="x_to"), y2=alt.Y2(field="y_to"))] if leaders else []
+    text = _texts([(name.text, name.x, name.y) for name in names], plane, x, y)
+    return [*layers, *haloed(text, align="center", baseline="middle", color=LIGHT["ink"], fontWeight="bold")]
+
+
+def _list(entries: Sequence[Entry], plane: Plane, x: alt.X, y: alt.Y) -> list[Chart]:
+    """The list as marks below the plot."""
+    mark = {"baseline": "middle", "fontSize": 11, "color": LIGHT["ink"]}
+    numbers = _texts([(entry.number, entry.x + INDENT - 8, entry.y) for entry in entries], plane, x, y)
+    texts = _texts([(entry.text, entry.x + INDENT, entry.y) for entry in entries], plane, x, y)
+    return [numbers.mark_text(align="right", fontWeight="bold", **mark), texts.mark_text(align="left", **mark)]
+
+
+def _texts(texts: Sequence[tuple[str, float, float]], plane: Plane, x: alt.X, y: alt.Y) -> Chart:
+    """Texts at places in pixels, to be marked."""
+    rows = [dict(zip(("x", "y"), plane.back(across, down), strict=True), name=text) for text, across, down in texts]
+    return alt.Chart(table(rows)).encode(x=x, y=y, text=alt.Text(field="name", type="nominal"))

@@ -21,6 +21,7 @@ from impasto.plots.frame import (
     numbers,
     panels,
     renamed,
+    round_ticks,
     span,
     table,
     thin,
@@ -29,6 +30,10 @@ from impasto.plots.frame import (
 )
 from impasto.plots.theme import LIGHT, SCHEME
 from impasto.result import Row
+
+BAR = 200  # pixels of a colour bar
+LETTER = 6.2  # pixels of a digit of its labels
+APART = 8.0  # pixels between two of them at least
 
 Group = Sequence[object]
 """`[start, stop, name]`: a stretch of rows and columns, half-open like a slice."""
@@ -268,13 +273,29 @@ def _cells(cells: Rows, x: alt.X, y: alt.Y, colour: alt.Color) -> Chart:
     return alt.layer(*layers)
 
 
+def bar_ticks(low: float, high: float, length: float = BAR) -> list[float]:
+    """Where a colour bar is labelled: round values, so few that no label comes near the next.
+
+    Example:
+        >>> bar_ticks(-0.016, 0.016), bar_ticks(0.0, 1.0)
+        ([-0.01, 0.0, 0.01], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    """
+    for most in (6, 5, 4, 3, 2, 1):
+        ticks = round_ticks(low, high, most)
+        widest = max((len(f"{tick:.12f}".rstrip("0").rstrip(".")) for tick in ticks), default=0)
+        between = length * (ticks[1] - ticks[0]) / (high - low) if len(ticks) > 1 else length
+        if widest * LETTER + APART <= between:
+            return ticks
+    return [tick for tick in (low, high) if tick == 0] or [high]
+
+
 def _colour(title: str, low: float, high: float, canvas: Canvas) -> alt.Color:
     legend = look(
         title=title,
         orient="top",
-        gradientLength=200,
+        gradientLength=BAR,
         gradientThickness=10,
-        tickCount=5,
+        values=bar_ticks(low, high),
         format=FORMAT,
         offset=12,
         titleOrient="left" if canvas.wide else "top",

@@ -16,7 +16,6 @@ from impasto.plots.frame import (
     Look,
     Rows,
     Rule,
-    haloed,
     look,
     names,
     number,
@@ -27,6 +26,7 @@ from impasto.plots.frame import (
     table,
     titled,
 )
+from impasto.plots.labels import haloed
 from impasto.plots.theme import LIGHT
 
 

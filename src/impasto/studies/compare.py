@@ -13,7 +13,6 @@ one model tends to be hard for another too, so this errs towards "unclear".
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from impasto.studies.figures import LAYERS, MIDDLE, RULES, bar, point
 from impasto.studies.kept import study_of
 from impasto.studies.paper import FOUND
 from impasto.studies.protocol import METHODS
+from impasto.studies.provenance import portable
 from impasto.studies.reading import PAPER_ORDER, listed, with_interval
 from impasto.studies.sides import Side, mean_scores, titles_of
 
@@ -431,5 +431,5 @@ def _facts(sides: Sequence[Side], folders: Sequence[str]) -> dict[str, str]:
         parts += [f"made by `{known['command']}`"] if "command" in known else []
         told[side.name] = "; ".join([f"{side.depth} layers", f"protocol {side.evidence.protocol.name}", *parts])
     if folders:
-        told["command"] = shlex.join(["impasto", "report", *folders])
+        told["command"] = portable(["impasto", "report", *folders])
     return told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 from impasto.errors import StoreError
 from impasto.recipe import Recipe
-from impasto.records import Run
-from impasto.result import MASKINGS, Page, Setting
+from impasto.result import Page, Setting
 from impasto.schedule import Schedule
 from impasto.store import Store
 from impasto.studies import painters
 from impasto.studies.evidence import Cached, Evidence, Task
 from impasto.studies.protocol import Heat, Protocol, protocol, variants
+from impasto.studies.provenance import provenance
 
 KIND = "painters study"
 
@@ -137,55 +136,10 @@ def evidence(store: Store, setting: Setting, asked: Asked) -> Evidence:
         similarity={m.key: m.value for m in measured if m.kind == "similarity"},
         groups={m.key: m.value for m in measured if m.kind == "groups"},
         kv=tuple(_cached(m.value) for m in measured if m.kind == "kv"),
-        facts=provenance(store, setting, asked.protocol, asked.source, asked.tasks),
+        facts=provenance(store, setting, "painters", asked.protocol, asked.source, asked.tasks),
     )
 
 
 def _cached(value: Mapping[str, Any]) -> Cached:
     kept: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
     return Cached(**kept)
-
-
-def _shown(name: str) -> str:
-    """A model's name without the folders of the machine that it ran on."""
-    return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
-
-
-def _scored(setting: Setting) -> str:
-    """How answers were read off the model, in words."""
-    return MASKINGS[setting.masking] if setting.masking else "exact KV cache"
-
-
-def provenance(
-    store: Store, setting: Setting, protocol: str, source: str, tasks: Sequence[tuple[str, str]]
-) -> dict[str, str]:
-    """Where the numbers of a page come from, in words.
-
-    Args:
-        store: the run folder's store.
-        setting: how the model was run.
-        protocol: name of the study's protocol.
-        source: where the weights came from.
-        tasks: (name, protocol fingerprint) of each task.
-    """
-    runs = store.runs()
-    first: Run | None = runs[0] if runs else None
-    told = {
-        "model": _shown(setting.model),
-        "weights": f"{source}, fingerprint {setting.weights[:16]}",
-        "computed in": f"{setting.dtype} on {setting.device}, {setting.attention} attention, {_scored(setting)}",
-        "protocol": protocol,
-    }
-    for name, info in ((name, store.tasks().get((name, mark), {})) for name, mark in tasks):
-        if info:
-            told[f"task {name}"] = (
-                f"{info['n']} examples, {info['shots']}-shot, version {info['version']}; {info['source']}"
-            )
-    if first is not None:
-        told["versions"] = ", ".join(f"{package} {number}" for package, number in first.versions.items())
-        told["begun"] = first.started
-        seconds = sum(run.seconds or 0 for run in runs)
-        told["computing time"] = f"{seconds / 60:.1f} minutes in {len(runs)} run{'s' if len(runs) > 1 else ''}"
-        told["machine"] = f"{platform.machine()}, {platform.system()}"
-        told["command"] = " ".join(first.command)
-    return told

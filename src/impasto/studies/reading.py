@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from impasto.result import Estimate, Verdict
+from impasto.result import Estimate, Verdict, fixed
 from impasto.studies.evidence import Cell, Evidence, Task
 from impasto.studies.protocol import METHODS, moderate
 from impasto.studies.table import Floats, Statistic, Table, middle_of_tasks
@@ -130,14 +130,13 @@ def contrast(better: Sequence[int], worse: Sequence[int]) -> Statistic:
 
 
 def said(value: float, digits: int = 2) -> str:
-    """A number in a sentence, with a real minus sign.
+    """A number in a sentence, with a real minus sign; one that is not zero never looks like zero.
 
     Example:
-        >>> said(-0.125)
-        '−0.12'
+        >>> said(-0.125), said(-0.001)
+        ('−0.12', '−0.001')
     """
-    text = f"{value:.{digits}f}"
-    return "0.00"[: digits + 2] if not float(text) else text.replace("-", MINUS)
+    return fixed(value, digits).replace("-", MINUS)
 
 
 def with_interval(estimate: Estimate) -> str:

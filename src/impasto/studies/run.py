@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,7 @@ def run_painters(
     where: Place | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
+    noted: AbstractContextManager[None] | None = None,
 ) -> Page:
     """The whole painters study of one model.
 
@@ -108,6 +110,7 @@ def run_painters(
             states and caches, which are little work, are compared here.
         progress: told the phase and the share of it that is done.
         note: told in a sentence what the user should know.
+        noted: what notes the run and its time; it is left before the page is made, which tells them.
 
     Raises:
         UnsupportedModel: the model does not predict next tokens; the folder is left as it was.
@@ -116,20 +119,23 @@ def run_painters(
     """
     from impasto.evaluate import evaluate
 
-    study = _prepare(loaded, store, protocol, task_names, limit, seeds, methods, include, batch_tokens, progress, note)
-    evaluate(
-        loaded,
-        study.recipes,
-        study.tasks,
-        store,
-        batch_tokens=batch_tokens,
-        scorer=study.scorer,
-        where=where,
-        progress=progress,
-        note=note,
-    )
-    _compare_states(study, store, progress)
-    _compare_caches(study, store, progress, note)
+    with noted or nullcontext():
+        study = _prepare(
+            loaded, store, protocol, task_names, limit, seeds, methods, include, batch_tokens, progress, note
+        )
+        evaluate(
+            loaded,
+            study.recipes,
+            study.tasks,
+            store,
+            batch_tokens=batch_tokens,
+            scorer=study.scorer,
+            where=where,
+            progress=progress,
+            note=note,
+        )
+        _compare_states(study, store, progress)
+        _compare_caches(study, store, progress, note)
     return painters.page(evidence(store, study.setting, study.asked))
 
 

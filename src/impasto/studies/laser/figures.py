@@ -379,7 +379,8 @@ def composition(evidence: Evidence) -> Figure | None:
     caption = (
         "Accuracy with more and more edits, from the last layer to the first, each accepted because it raised the "
         "accuracy where edits were chosen, or lowered the loss at the same accuracy. The paper's figure 4 has both "
-        f"lines rise together. Bands: 95 % intervals of the paired difference to the model itself. {_sizes(evidence)}"
+        f"lines rise together. Bands: 95 % intervals of the paired difference to the model itself.{_skipped(evidence)} "
+        f"{_sizes(evidence)}"
     )
     options = {
         "series": ["held-out documents", "where edits were chosen"],
@@ -388,6 +389,23 @@ def composition(evidence: Evidence) -> Figure | None:
         "section": SEVERAL,
     }
     return Figure("composition", "Several edits together", caption, "layer_curve", tuple(rows), options)
+
+
+def _skipped(evidence: Evidence) -> str:
+    """Which states of compositions were not measured on held-out documents, as a sentence; empty for none."""
+    parts = []
+    for trial in evidence.trials:
+        accepted = sum(step.accepted for step in trial.trace)
+        known = {int(use.parameter) for use in (trial.report.uses if trial.report else ()) if use.role == "composed"}
+        gaps = [str(count) for count in range(1, accepted + 1) if count not in known]
+        if known and gaps:
+            parts.append(f"{trial.title} at {listed(gaps, 20)} edit{'s' if gaps != ['1'] else ''}")
+    if not parts:
+        return ""
+    return (
+        " Of a long composition some states only are measured on held-out documents, the last among them; the line "
+        f"runs straight past the others: {'; '.join(parts)}."
+    )
 
 
 def composing(evidence: Evidence) -> Figure | None:

@@ -23,7 +23,6 @@ from impasto.recipe import Recipe
 from impasto.result import Estimate, Page, Setting, digest
 from impasto.schedule import Schedule
 from impasto.store import Store
-from impasto.studies.kept import provenance
 from impasto.studies.laser.evidence import (
     BASE,
     CHOSEN,
@@ -40,6 +39,7 @@ from impasto.studies.laser.evidence import (
 )
 from impasto.studies.laser.page import page
 from impasto.studies.laser.protocol import Matrix, Protocol, Report, candidates, composed_of, protocol
+from impasto.studies.provenance import provenance
 
 KIND = "laser study"
 POINT, SHEET, RANK, READ = "laser point", "laser sheet", "effective rank", "laser text"
@@ -357,7 +357,7 @@ def _provenance(book: Book) -> dict[str, str]:
     """Where the numbers of a page come from, in words."""
     asked = book.asked
     tasks = [(part.name, part.test) for part in asked.parts]
-    found = provenance(book.store, book.setting, asked.protocol.name, asked.source, tasks)
+    found = provenance(book.store, book.setting, "laser", asked.protocol.name, asked.source, tasks)
     sides = {
         f"task {part.name}": f"{part.n_validation} documents to choose on, {part.n_test} to report on"
         for part in asked.parts

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from impasto.result import Estimate, Page, Row
 from impasto.studies.laser.claims import answers
-from impasto.studies.laser.evidence import BASE, CHOSEN, Evidence, Trial
+from impasto.studies.laser.evidence import BASE, CHOSEN, Evidence, Point, Trial
 from impasto.studies.laser.figures import figures
 from impasto.studies.laser.findings import constant, in_points, last_composed
 from impasto.studies.reading import listed
@@ -98,25 +98,25 @@ def _races(trials: Sequence[Trial]) -> str:
 def _task(trial: Trial) -> Row:
     several = last_composed(trial)
     gain = trial.difference(CHOSEN)
-    return {
+    return {  # what is asked for first, so that no screen hides it
         "task": trial.title,
-        "name": trial.name,
-        "metric": trial.metric,
-        "to choose on": trial.validation,
-        "held out": trial.test,
-        "guessing": trial.chance,
-        "most frequent answer": trial.majority,
         "the model itself": trial.mean(BASE),
         "chosen edit": "" if trial.chosen is None else str(trial.chosen),
         "with it": trial.mean(CHOSEN),
         "difference": "" if gain is None else in_points(gain),
+        "several edits": None if several is None else trial.mean(several),
+        "guessing": trial.chance,
+        "most frequent answer": trial.majority,
         "balanced, without": trial.mean(BASE, "balanced"),
         "balanced, with it": trial.mean(CHOSEN, "balanced"),
         "loss, without": trial.mean(BASE, "loss"),
         "loss, with it": trial.mean(CHOSEN, "loss"),
         **{f"top-{k}, without": trial.top(BASE, k) for k in (5, 10) if trial.top(BASE, k) is not None},
         **{f"top-{k}, with it": trial.top(CHOSEN, k) for k in (5, 10) if trial.top(CHOSEN, k) is not None},
-        "several edits": None if several is None else trial.mean(several),
+        "to choose on": trial.validation,
+        "held out": trial.test,
+        "name": trial.name,
+        "metric": trial.metric,
     }
 
 
@@ -124,17 +124,21 @@ def _candidates(trial: Trial) -> Iterator[Row]:
     """The best candidates where they were chosen."""
     ordered = sorted(trial.points.items(), key=lambda pair: (-pair[1].accuracy, pair[1].loss or 0.0, str(pair[0])))
     if trial.base is not None and ordered:
-        yield {"edit": "the model itself", "accuracy": trial.base.accuracy, "loss": trial.base.loss}
+        yield {"edit": "the model itself", "chosen": None, **_of(trial.base, trial)}
     for edit, point in ordered[:_SHOWN]:
         yield {
             "edit": str(edit),
-            "accuracy": point.accuracy,
-            "loss": point.loss,
-            "balanced accuracy": point.balanced,
-            "most given answer": point.commonest,
-            "foretold change of the loss": trial.screened.get(edit),
             "chosen": edit == trial.chosen,
+            **_of(point, trial),
+            "foretold change of the loss": trial.screened.get(edit),
         }
+
+
+def _of(point: Point, trial: Trial) -> Row:
+    found = {"accuracy": point.accuracy, "loss": point.loss}
+    if trial.classes:
+        found |= {"balanced accuracy": point.balanced, "most given answer": point.commonest}
+    return found
 
 
 def _steps(trial: Trial) -> Iterator[Row]:

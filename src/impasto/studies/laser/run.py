@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -125,6 +126,7 @@ def run_laser(
     where: Place | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
+    noted: AbstractContextManager[None] | None = None,
     **changes: Unpack[Changes],
 ) -> Page:
     """The whole LASER study of one model.
@@ -147,6 +149,7 @@ def run_laser(
         where: who measures candidates whole; None this process. Screening and races are always run here.
         progress: told the phase and the share of it that is done.
         note: told in a sentence what the user should know.
+        noted: what notes the run and its time; it is left before the page is made, which tells them.
         changes: what is wanted otherwise than the protocol has it, see `Changes`: limit, types, layers, rhos, select,
             screen, compose.
 
@@ -155,25 +158,26 @@ def run_laser(
         UnsupportedModel: weights that cannot be edited, or a model that predicts no tokens.
         ImpastoError: something could not be measured; all else is kept, and `page_of` makes a page of it.
     """
-    study = _prepare(
-        loaded,
-        store,
-        protocol=protocol,
-        task_names=task_names,
-        seed=seed,
-        include=include,
-        counts=counts,
-        texts=texts,
-        batch_tokens=batch_tokens,
-        where=where,
-        progress=progress,
-        note=note,
-        **changes,
-    )
-    study.book.open()
-    _effective(study)
-    reports = [_study(study, pair) for pair in study.pairs]
-    _read(study, reports)
+    with noted or nullcontext():
+        study = _prepare(
+            loaded,
+            store,
+            protocol=protocol,
+            task_names=task_names,
+            seed=seed,
+            include=include,
+            counts=counts,
+            texts=texts,
+            batch_tokens=batch_tokens,
+            where=where,
+            progress=progress,
+            note=note,
+            **changes,
+        )
+        study.book.open()
+        _effective(study)
+        reports = [_study(study, pair) for pair in study.pairs]
+        _read(study, reports)
     return page(evidence(study.book))
 
 
