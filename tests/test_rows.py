@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -137,6 +138,63 @@ def test_products_and_mapped_products(bias: bool, shared: bool) -> None:
     torch.testing.assert_close(together, torch.stack(each))
 
 
+def test_a_mapped_mask_of_fewer_rows_than_the_batch() -> None:
+    lanes = 3
+    inputs = [torch.stack([x, 2 * x, -x]) for x in example((2, 4, 2, 20, 16, 16))]
+    mask = torch.rand(lanes, 1, 1, 1, 20) > 0.5
+    together = torch.vmap(lambda q, k, v, m: rows.attend(q, k, v, m, 0.3))(*inputs, mask)
+    each = [rows.attend(*(x[i] for x in inputs), mask[i], 0.3) for i in range(lanes)]
+    torch.testing.assert_close(together, torch.stack(each))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
+def test_who_sees_nothing_gets_nothing_and_hidden_columns_may_hold_anything(device: str) -> None:
+    query, key, value = example((2, 4, 2, 70, 16, 16), device=device)
+    mask = torch.ones(2, 1, 1, 70, dtype=torch.bool, device=device)
+    mask[0] = False
+    mask[1, ..., 5:9] = False
+    wanted = rows.attention(query, key, value, mask)
+    torch.testing.assert_close(wanted, F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True))
+    key[1, :, 5:9] = value[1, :, 5:9] = torch.nan
+    value[0] = torch.inf
+    assert torch.equal(rows.attention(query, key, value, mask), wanted)
+    assert bool(rows.attention(query, key, value)[1].isnan().all())
+
+
+@pytest.mark.parametrize("change", ["keys of another batch", "values of other columns", "heads that do not share"])
+def test_keys_that_do_not_fit(change: str) -> None:
+    query, key, value = example((2, 6, 2, 20, 16, 16))
+    if change == "keys of another batch":
+        key, value = key[:1], value[:1]
+    elif change == "values of other columns":
+        value = value[:, :, 1:]
+    else:
+        key, value = (x.repeat(1, 2, 1, 1) for x in (key, value))
+    with pytest.raises(RuntimeError, match=r"6 heads of 2 texts cannot share keys \("):
+        rows.attention(query, key, value)
+
+
+def test_operations_are_what_they_say() -> None:
+    query, key, value = example((2, 4, 2, 20, 16, 24))
+    mask = masks((2, 4, 2, 20, 16, 24))["seen"]
+    row, matrix = torch.randn(3, 16), torch.randn(3, 7, 32)[..., ::2]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(rows.attend, (query, key.mT.contiguous().mT, value, mask, 0.3), test_utils=checks)
+    torch.library.opcheck(rows.multiply, (row, matrix, torch.randn(3, 7)), test_utils=checks)
+    torch.library.opcheck(rows.multiply_several, (row, [matrix, matrix[:, :2]], []), test_utils=checks)
+
+
+def test_in_double_precision() -> None:
+    query, key, value = (x.double() for x in example((2, 4, 2, 20, 16, 16)))
+    torch.testing.assert_close(rows.attention(query, key, value, scale=0.3), expected(query, key, value, None))
+    linear = torch.nn.Linear(16, 24).double()
+    row = torch.randn(1, 16, dtype=torch.float64)
+    with torch.no_grad():
+        region = regions.trace(lambda x: [linear(x)], [row])
+        for graph in (region.graph, regions.lowered(region.graph)):
+            torch.testing.assert_close(graph(*region.constants, row)[0], linear(row))
+
+
 def places(graph: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
 
@@ -181,6 +239,46 @@ def test_traced_products_of_one_row_stay_whole_until_they_are_compiled(bias: boo
         assert "impasto.multiply.default" not in places(several.graph)
 
 
+def test_a_lowered_graph_holds_no_weights() -> None:
+    linear = torch.nn.Linear(16, 24)
+    with torch.no_grad():
+        region = regions.trace(lambda x: [linear(x)], [torch.randn(1, 16)])
+    held = [x for x in vars(regions.lowered(region.graph)).values() if isinstance(x, Tensor)]
+    assert not held and not list(regions.lowered(region.graph).parameters())
+
+
+@pytest.mark.parametrize("turn", [lambda w: w.permute(0, 1), lambda w: w.transpose(0, 0), lambda w: w.transpose(-2, 0)])
+def test_what_turns_nothing_is_no_transposition(turn: Callable[[Tensor], Tensor]) -> None:
+    row, matrix = torch.randn(1, 16), torch.randn(16, 16)
+    region = regions.trace(lambda x, w: [x @ turn(w)], [row, matrix])
+    torch.testing.assert_close(region.graph(row, matrix)[0], row @ matrix)
+
+
+def test_nothing_is_read_across_a_change_in_place() -> None:
+    first, second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def changed(x: Tensor) -> list[Tensor]:
+        row = x.view(1, 16)
+        before = first(row)
+        x.mul_(2)
+        return [before, second(row)]
+
+    def written(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        keys = key[:, :, None].expand(1, 2, 2, 20, 16).reshape(1, 4, 20, 16)
+        values = value[:, :, None].expand(1, 2, 2, 20, 16).reshape(1, 4, 20, 16)
+        key.zero_()
+        return [F.scaled_dot_product_attention(query, keys, values)]
+
+    for function, inputs in ((changed, [torch.randn(16)]), (written, example((1, 4, 2, 20, 16, 16)))):
+        with torch.no_grad():
+            region = regions.trace(function, [x.clone() for x in inputs])
+            made = regions.lowered(region.graph, lambda matrices: True)
+            wanted = function(*[x.clone() for x in inputs])
+            got = made(*region.constants, *[x.clone() for x in inputs])
+        for x, y in zip(got, wanted, strict=False):
+            torch.testing.assert_close(x, y)
+
+
 class Several(torch.nn.Module):
     """Products of one row, of another, and of what comes of them."""
 
@@ -222,7 +320,9 @@ def test_products_of_one_row_become_one_operation_where_a_matrix_is_large(bias: 
 @pytest.mark.gpu
 @CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [*SHAPES, (24, 14, 2, 1024, 64, 64), (1, 32, 32, 4097, 128, 128)])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (24, 14, 2, 1024, 64, 64), (1, 32, 32, 4097, 128, 128), (1, 8, 1, 9000, 512, 512)]
+)
 def test_kernels_of_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = example(shape, dtype, "cuda")
     for name, mask in masks(shape, "cuda").items():
@@ -235,28 +335,16 @@ def test_kernels_of_attention(shape: tuple[int, ...], dtype: torch.dtype) -> Non
 @pytest.mark.gpu
 @CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 37, 100), (12, 896, 4864), (1, 5003, 896)])
-def test_kernels_of_products(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    lanes, outputs, columns = shape
-    torch.manual_seed(0)
-    row, matrices = (torch.randn(size, device="cuda").to(dtype) for size in ((lanes, columns), shape))
-    for bias in (None, torch.randn(lanes, outputs, device="cuda").to(dtype)):
-        got = rows.multiply(row, matrices, bias).double()
-        wanted = (row[:, None].double() * matrices.double()).sum(-1) + (0 if bias is None else bias.double())
-        assert float((got - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
-
-
-@pytest.mark.gpu
-@CUDA
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("outputs", [(37, 5), (896, 128, 128), (4864, 4864)])
-def test_kernels_of_several_products(outputs: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("columns", [100, 896, 4864])
+@pytest.mark.parametrize("outputs", [(37,), (5003,), (37, 5), (896, 128, 128), (4864, 1)])
+def test_kernels_of_products(outputs: tuple[int, ...], columns: int, bias: bool, dtype: torch.dtype) -> None:
+    from impasto import streaming
+
     torch.manual_seed(0)
-    row = torch.randn(12, 896, device="cuda").to(dtype)
-    matrices = [torch.randn(12, n, 896, device="cuda").to(dtype) for n in outputs]
+    row = torch.randn(12, columns, device="cuda").to(dtype)
+    matrices = [torch.randn(12, n, columns, device="cuda").to(dtype) for n in outputs]
     biases = [torch.randn(12, n, device="cuda").to(dtype) for n in outputs] if bias else []
-    got = rows.multiply_several(row, matrices, biases)
-    for i, product in enumerate(got):
+    for i, product in enumerate(streaming.multiply(row, matrices, biases)):
         wanted = (row[:, None].double() * matrices[i].double()).sum(-1) + (biases[i].double() if bias else 0)
         assert float((product.double() - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)

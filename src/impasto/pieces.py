@@ -90,7 +90,7 @@ class Pieces:
         (program.logits,) = self._call(self._tail, [hidden, program.pads, *program.state])
 
     def _call(self, region: Region, inputs: list[Tensor]) -> list[Tensor]:
-        return list(self._work[region.key]([*region.constants, *inputs]))[: region.results]
+        return list(self._work[region.key]([*region.constants, *inputs]))
 
     def _slot(self, call: Call, slot: int) -> tuple[Tensor, ...]:
         """The column a call writes, and the tensors of its slot; nothing for a call without attention."""
@@ -191,7 +191,7 @@ class Pieces:
         """Keep what a region is compiled on, and give what its graph returns."""
         self._examples.setdefault(region.key, inputs)
         with torch.no_grad():
-            return list(region.graph(*region.constants, *inputs))[: region.results]
+            return list(region.graph(*region.constants, *inputs))
 
 
 def _tensors(context: Context) -> list[Tensor]:

@@ -26,7 +26,6 @@ aten = torch.ops.aten
 _ATTEND = torch.ops.impasto.attend.default
 _MULTIPLY, _SEVERAL = torch.ops.impasto.multiply.default, torch.ops.impasto.multiply_several.default
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default}
-STREAMED = 2**24  # bytes of matrices from which a kernel of ours reads them faster than a compiler's
 WIDE = 4096  # entries of which the largest is looked for in two stages
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -39,13 +38,11 @@ class Region:
         graph: the operations; called with all tensors, it returns a list of tensors.
         constants: weights and other tensors that the function has of its own.
         key: equal for two regions that compute the same function of constants and inputs.
-        results: how many tensors the function returns; compiled, it may return more behind them.
     """
 
     graph: fx.GraphModule
     constants: tuple[Tensor, ...]
     key: str
-    results: int
 
 
 def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Region:
@@ -62,7 +59,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     _shared_keys(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return Region(graph, constants, _key(graph, (*constants, *inputs)), _returned(graph.graph))
+    return Region(graph, constants, _key(graph, (*constants, *inputs)))
 
 
 def compile_region(region: Region, inputs: Sequence[Tensor], options: dict[str, Any]) -> Compiled:
@@ -72,32 +69,24 @@ def compile_region(region: Region, inputs: Sequence[Tensor], options: dict[str, 
     tensors: list[Any] = [*region.constants, *inputs]
     with torch.no_grad():
         made = inductor(lowered(region.graph), tensors, options=options)
-    return lambda values: made(*values)
+    count = _returned(region.graph.graph)  # behind these come rows that are kept
+    return lambda values: made(*values)[:count]
 
 
-def lowered(graph: fx.GraphModule, streams: Callable[[Tensor], bool] | None = None) -> fx.GraphModule:
+def lowered(graph: fx.GraphModule, streams: Callable[[Tensor], bool] = rows.streamed) -> fx.GraphModule:
     """A copy of a traced graph as a compiler should see it.
 
     Args:
         graph: the graph, which stays as it is.
-        streams: whether matrices are read by a kernel of ours; None asks for it on a CUDA device, from `STREAMED` bytes
-            on.
+        streams: whether matrices are read by a kernel of ours.
     """
-    made = copy.deepcopy(graph)
-    _together(made.graph, streams or _large)
-    _sums(made.graph, streams or _large)
+    made = fx.GraphModule({}, copy.deepcopy(graph.graph))  # a copy of the module would copy the weights of its layer
+    _together(made.graph, streams)
+    _sums(made.graph, streams)
     _two_stages(made.graph)
     made.graph.eliminate_dead_code()
     made.recompile()
     return made
-
-
-def _large(matrices: Tensor) -> bool:
-    return (
-        matrices.is_cuda
-        and matrices.dtype in rows.STREAMED_TYPES
-        and matrices.numel() * matrices.element_size() >= STREAMED
-    )
 
 
 def interpret_region(region: Region, inputs: Sequence[Tensor], options: dict[str, Any]) -> Compiled:
@@ -142,8 +131,8 @@ def _single_rows(graph: fx.Graph) -> None:
         if node.op != "call_function" or node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
         *bias, row, turned = node.args
-        matrix = _untransposed(turned)
-        if matrix is None or _shape(row)[:1] != (1,) or any(len(_shape(one)) > 1 for one in bias):
+        matrix = _untransposed(turned) if node.meta["val"].is_floating_point() else None
+        if matrix is None or _shape(row)[:1] != (1,) or any(_shape(one) != _shape(matrix)[:1] for one in bias):
             continue
         with graph.inserting_before(node):
             matrices, *biases = (graph.call_function(aten.unsqueeze.default, (x, 0)) for x in (matrix, *bias))
@@ -157,11 +146,16 @@ def _single_rows(graph: fx.Graph) -> None:
 
 def _shared_keys(graph: fx.Graph) -> None:
     """Give attention the keys and values that heads share as they are, and not once for every head."""
+    written: dict[fx.Node, int] = {}
+    writes = 0
     for node in graph.nodes:
+        writes += _writes(node)
+        written[node] = writes
         if node.op == "call_function" and node.target is _ATTEND:
             query, key, value, *rest = node.args
             once = _unrepeated(key), _unrepeated(value)
-            if all(once) and _shape(once[0])[1] == _shape(once[1])[1]:
+            unwritten = written[key] == written[value] == writes  # nothing changes between a repetition and its use
+            if all(once) and unwritten and _shape(once[0])[1] == _shape(once[1])[1]:
                 node.args = (query, *once, *rest)
 
 
@@ -182,12 +176,14 @@ def _unrepeated(node: Any) -> fx.Node | None:
 
 def _together(graph: fx.Graph, streams: Callable[[Tensor], bool]) -> None:
     """Make one operation of products of the same row with two or three matrices, if one of these is large."""
-    alike: dict[tuple[fx.Node, tuple[int, ...], bool], list[Any]] = {}
+    alike: dict[tuple[fx.Node, tuple[int, ...], bool, int], list[Any]] = {}
+    writes = 0  # so far: none is passed by
     for node in graph.nodes:
+        writes += _writes(node)
         if node.op == "call_function" and node.target is _MULTIPLY:
             row, matrices, bias = node.args
             if matrices.meta["val"].is_contiguous() and _free(matrices) and (bias is None or _free(bias)):
-                alike.setdefault((_origin(row), _shape(row), bias is None), []).append(node)
+                alike.setdefault((_origin(row), _shape(row), bias is None, writes), []).append(node)
     for found in alike.values():
         for nodes in (found[first : first + 3] for first in range(0, len(found), 3)):
             if len(nodes) < 2 or not any(streams(node.args[1].meta["val"]) for node in nodes):
@@ -200,6 +196,12 @@ def _together(graph: fx.Graph, streams: Callable[[Tensor], bool]) -> None:
                 part.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(part)
                 graph.erase_node(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes a tensor in place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _free(node: fx.Node) -> bool:
@@ -230,9 +232,8 @@ def _sums(graph: fx.Graph, streams: Callable[[Tensor], bool]) -> None:
             continue
         with graph.inserting_before(node):
             tall = graph.call_function(aten.unsqueeze.default, (row, 1))
-            wide = [
-                graph.call_function(aten._to_copy.default, (x,), {"dtype": torch.float32}) for x in (tall, matrices)
-            ]
+            dtype = torch.promote_types(node.meta["val"].dtype, torch.float32)
+            wide = [graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype}) for x in (tall, matrices)]
             products = graph.call_function(aten.mul.Tensor, tuple(wide))
             total = graph.call_function(aten.sum.dim_IntList, (products, [2]))
             if bias is not None:
@@ -255,7 +256,7 @@ def _two_stages(graph: fx.Graph) -> None:
             continue
         entries, dim = node.args[0], node.args[1]
         shape = _shape(entries)
-        if dim % len(shape) != len(shape) - 1 or shape[-1] < WIDE:
+        if not shape or dim % len(shape) != len(shape) - 1 or shape[-1] < WIDE:
             continue
         device = entries.meta["val"].device
         with graph.inserting_before(node):
@@ -298,7 +299,9 @@ def _untransposed(node: Any) -> fx.Node | None:
     if isinstance(node, fx.Node) and node.op == "call_function":
         if node.target is aten.t.default:
             return node.args[0]  # type: ignore[return-value]
-        if node.target in (aten.transpose.int, aten.permute.default) and len(_shape(node)) == 2:
+        turns = node.target is aten.transpose.int and (node.args[1] - node.args[2]) % 2  # type: ignore[operator]
+        permutes = node.target is aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[operator,union-attr]
+        if len(_shape(node)) == 2 and (turns or permutes):
             return node.args[0]  # type: ignore[return-value]
     return None
 

@@ -7,12 +7,29 @@ stay whole in a traced graph, can be mapped over the branches of a group, and ru
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 
 import torch
 from torch import Tensor
 
-STREAMED_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of which `impasto.streaming` has kernels
+LEAST = 2**24  # bytes of a matrix from which our kernel reads it faster than a compiler's, or a library's
+
+
+@functools.cache
+def _kernels() -> bool:
+    """Whether there are kernels for CUDA devices: `triton` comes with most of torch's builds for them."""
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
+
+
+def _taken(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and _kernels()
+
+
+def streamed(matrices: Tensor) -> bool:
+    """Whether products of single rows with these matrices are made by our kernel."""
+    return _taken(matrices) and matrices.numel() * matrices.element_size() >= LEAST
 
 
 def attention(
@@ -44,8 +61,11 @@ def attention(
         raise RuntimeError("a decoding step has neither dropout nor queries that must not see one another")
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     batch, heads, queries, width = query.shape
+    if heads % key.shape[1] or key.shape[:3] != value.shape[:3] or len(key) != batch:
+        sizes = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
+        raise RuntimeError(f"{heads} heads of {batch} texts cannot share {sizes}")
     if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())].expand(-1, -1, -1, key.shape[2])
         if queries > 1 and attn_mask.shape[1:3] != (1, 1):
             return _attend(query, key, value, attn_mask, factor)
     # Queries that see the same columns are to the keys what heads that share them are.
@@ -54,15 +74,20 @@ def attention(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention written out in float32; keys shared by several heads are not copied."""
+    """Attention written out, in float32 at least; keys shared by several heads are not copied."""
     batch, heads, queries, width = query.shape
     shared = heads // key.shape[1]
-    grouped = query.reshape(batch, key.shape[1], shared, queries, 1, width).float() * scale
-    scores = (grouped * key[:, :, None, None].float()).sum(-1).reshape(batch, heads, queries, -1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(batch, key.shape[1], shared, queries, 1, width).to(wide) * scale
+    scores = (grouped * key[:, :, None, None].to(wide)).sum(-1).reshape(batch, heads, queries, -1)
     if mask is not None:
         scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1).reshape(batch, key.shape[1], shared, queries, -1, 1)
-    mixed = (weights * value[:, :, None, None].float()).sum(-2)
+    weights = scores.softmax(-1)
+    if mask is not None and mask.dtype == torch.bool:  # who sees nothing gets nothing; what nobody sees may be anything
+        weights = torch.where(mask, weights, 0)
+        value = torch.where(mask.any(1, keepdim=True).any(2)[..., None], value, 0)
+    weights = weights.reshape(batch, key.shape[1], shared, queries, -1, 1)
+    mixed = (weights * value[:, :, None, None].to(wide)).sum(-2)
     return mixed.reshape(batch, heads, queries, value.shape[-1]).to(query.dtype)
 
 
@@ -81,10 +106,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     Returns:
         (batch, heads, 1, width of a value), in the type of `query`.
     """
-    if query.is_cuda and query.dtype in STREAMED_TYPES:
+    if _taken(query):
         from impasto import streaming
 
-        return streaming.attend(query, key, value, mask, scale)
+        mixed = streaming.attend(query, key, value, mask, scale)
+        if mixed is not None:
+            return mixed
     if mask is not None:
         mask = mask.repeat(query.shape[0] // mask.shape[0], 1, 1, 1)
     return _attend(query, key, value, mask, scale)
@@ -100,14 +127,15 @@ def _(info, in_dims, query, key, value, mask, scale):  # type: ignore[no-untyped
     lanes = info.batch_size
     merged = [_merged(x, dim, lanes) for x, dim in zip((query, key, value), in_dims[:3], strict=True)]
     if mask is not None and in_dims[3] is not None:
-        mask = _merged(mask, in_dims[3], lanes)
+        own = mask.movedim(in_dims[3], 0)  # rows of each lane, as often as its batch has them
+        mask = own.repeat(1, merged[0].shape[0] // lanes // own.shape[1], 1, 1, 1).flatten(0, 1)
     mixed = attend(*merged, mask, scale)
     return mixed.unflatten(0, (lanes, -1)), 0
 
 
 @torch.library.custom_op("impasto::multiply", mutates_args=())
 def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
-    """The product of each row with its own matrix, and what is added to it; sums are taken in float32.
+    """The product of each row with its own matrix, and what is added to it; sums are taken in float32 at least.
 
     Args:
         rows: (lanes, columns).
@@ -117,11 +145,12 @@ def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
     Returns:
         (lanes, outputs), in the type of `rows`.
     """
-    if rows.is_cuda and rows.dtype in STREAMED_TYPES:
+    if streamed(matrices):
         from impasto import streaming
 
-        return streaming.multiply(rows, matrices, biases)
-    total = (rows[:, None].float() * matrices.float()).sum(-1)
+        return streaming.multiply(rows, [matrices], [] if biases is None else [biases])[0]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = (rows[:, None].to(wide) * matrices.to(wide)).sum(-1)
     return (total if biases is None else total + biases).to(rows.dtype)
 
 
@@ -139,7 +168,11 @@ def _(info, in_dims, rows, matrices, biases):  # type: ignore[no-untyped-def]
     return multiply(*merged).unflatten(0, (lanes, -1)), 0
 
 
-@torch.library.custom_op("impasto::multiply_several", mutates_args=())
+@torch.library.custom_op(
+    "impasto::multiply_several",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor[] matrices, Tensor[] biases) -> Tensor[]",  # torch 2.6 reads no list[Tensor]
+)
 def multiply_several(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
     """The products of each row with two or three matrices of its own, as `multiply` makes them.
 
@@ -151,10 +184,10 @@ def multiply_several(rows: Tensor, matrices: list[Tensor], biases: list[Tensor])
     Returns:
         (lanes, outputs) for each matrix, in the type of `rows`.
     """
-    if rows.is_cuda and rows.dtype in STREAMED_TYPES:
+    if any(map(streamed, matrices)):
         from impasto import streaming
 
-        return streaming.multiply_several(rows, matrices, biases)
+        return streaming.multiply(rows, matrices, biases)
     added = [*biases, *[None] * (len(matrices) - len(biases))]
     return [multiply(rows, matrix, bias) for matrix, bias in zip(matrices, added, strict=True)]
 

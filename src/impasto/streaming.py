@@ -6,18 +6,20 @@ memory busy: many programs, each with much to load and nothing to wait for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-PROGRAMS = 264  # that a step of attention is split into, if it is long enough: twice the multiprocessors of a large GPU
+PROGRAMS = 264  # of attention that keep a large GPU busy: twice its multiprocessors
+SHORT = 32  # columns of a part, where there are few rows
+BLOCK = 64  # columns that a program reads at once, and those of a part, where there are many rows
 PARTS = 128  # of a row's columns, at most
-SHORTEST = 32  # columns of a part
-BLOCK = 64  # columns that a program reads at once
+FITS = ((BLOCK, 3), (32, 3), (16, 3), (16, 1))  # columns at once and stages of loading; later ones need less memory
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -64,15 +66,17 @@ def _attend(  # type: ignore[no-untyped-def]
         if not ONCE:  # a later block waits for its mask, and is not read if nobody sees it
             wanted = inside & (tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0)
         keys = tl.load(
-            key + text * key_row + group * key_head + column[None, :] * key_column + wide[:, None],
+            key + text * key_row + group * key_head + column.to(tl.int64)[None, :] * key_column + wide[:, None],
             mask=wanted[None, :] & (wide < WIDTH)[:, None],
             other=0.0,
         )
         values = tl.load(
-            value + text * value_row + group * value_head + column[:, None] * value_column + tall[None, :],
+            value + text * value_row + group * value_head + column.to(tl.int64)[:, None] * value_column + tall[None, :],
             mask=wanted[:, None] & (tall < VALUES)[None, :],
             other=0.0,
         )
+        if MASK == 1:  # what nobody sees may be anything, and 0 times anything is not always 0
+            values = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], values, 0.0)
         scores = tl.dot(asked, keys.to(tl.float32), input_precision=PRECISION) * scale + added
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -82,7 +86,7 @@ def _attend(  # type: ignore[no-untyped-def]
         total = total * kept[:, None] + tl.dot(weights, values.to(tl.float32), input_precision=PRECISION)
         mass = mass * kept + tl.sum(weights, 1)
         peak = higher
-    at = (row * tl.num_programs(1) + part) * shared + place
+    at = (row.to(tl.int64) * tl.num_programs(1) + part) * shared + place
     tl.store(peaks + at, peak, mask=live)
     tl.store(masses + at, mass, mask=live)
     tl.store(mixed + at[:, None] * VALUES + tall[None, :], total, mask=live[:, None] & (tall < VALUES)[None, :])
@@ -97,7 +101,7 @@ def _join(  # type: ignore[no-untyped-def]
     row, pair = tl.program_id(0), tl.program_id(1)
     part, tall = tl.arange(0, PARTS), tl.arange(0, TALL)
     there = part < parts
-    at = (row * parts + part) * shared + pair
+    at = (row.to(tl.int64) * parts + part) * shared + pair
     peak = tl.load(peaks + at, mask=there, other=-float("inf"))
     highest = tl.max(peak, 0)
     anchor = tl.where(highest == -float("inf"), 0.0, highest)
@@ -106,41 +110,49 @@ def _join(  # type: ignore[no-untyped-def]
     read = tl.load(
         mixed + at[:, None] * VALUES + tall[None, :], mask=there[:, None] & (tall < VALUES)[None, :], other=0.0
     )
-    joined = tl.sum(read * weight[:, None], 0) / mass
+    joined = tl.sum(read * weight[:, None], 0) / tl.where(mass == 0, 1.0, mass)  # who sees nothing gets nothing
     tl.store(out + (row * shared + pair) * VALUES + tall, joined.to(out.dtype.element_ty), mask=tall < VALUES)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
     """Attention of one query per row and head; arguments and result as of `impasto.rows.attend`.
 
     The columns of every row are split over programs, and their parts are joined by a second kernel. Blocks of columns
     that a boolean mask hides are not read, so that slots that are hardly filled cost hardly anything.
+
+    Returns:
+        The result; None where heads are too wide for the device's shared memory.
     """
     (batch, heads, _, width), (_, keys, columns, values) = query.shape, value.shape
     rows, shared = batch * keys, heads // keys
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    span = -(-columns // max(1, min(-(-columns // SHORTEST), -(-PROGRAMS // rows), PARTS)))
-    span = min(span + -span % 16, max(BLOCK, -(-columns // PARTS)))
+    span = SHORT if rows * -(-columns // SHORT) <= PROGRAMS else BLOCK
+    span = max(span, -(-columns // PARTS))
+    span += -span % 16
     parts = -(-columns // span)
-    new = query.new_empty
-    mixed = new((rows, parts, shared, values), dtype=torch.float32)
-    peaks, masses = (new((rows, parts, shared), dtype=torch.float32) for _ in range(2))
-    out = new((batch, heads, 1, values))
+    mixed = query.new_empty((rows, parts, shared, values), dtype=torch.float32)
+    peaks, masses = (query.new_empty((rows, parts, shared), dtype=torch.float32) for _ in range(2))
+    out = query.new_empty((batch, heads, 1, values))
     how, masks, strides = 0, 1, (0, 0, 0)
     if mask is not None:
         how, masks = (1 if mask.dtype == torch.bool else 2), mask.shape[0]
-        steps = mask.stride()
-        strides = (steps[0], steps[1] if mask.shape[1] > 1 else 0, steps[3])
+        mask = mask.expand(-1, heads, 1, columns)
+        strides = (mask.stride(0), mask.stride(1), mask.stride(3))
         mask = mask.view(torch.uint8) if how == 1 else mask
     with torch.cuda.device(query.device):
-        _attend[rows, parts](
-            query, key, value, query if mask is None else mask, mixed, peaks, masses,
-            heads, shared, columns, span, masks, scale,
-            query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], *strides,
-            WIDTH=width, VALUES=values, WIDE=_power(width), TALL=_power(values), PAIRS=_power(shared),
-            BLOCK=min(BLOCK, _power(span)), ONCE=span <= BLOCK, MASK=how,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        )  # fmt: skip
+        for block, stages in FITS:
+            with contextlib.suppress(OutOfResources):
+                _attend[rows, parts](
+                    query, key, value, query if mask is None else mask, mixed, peaks, masses,
+                    heads, shared, columns, span, masks, scale,
+                    query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], *strides,
+                    WIDTH=width, VALUES=values, WIDE=_power(width), TALL=_power(values), PAIRS=_power(shared),
+                    BLOCK=min(block, _power(span)), ONCE=span <= block, MASK=how,
+                    PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages,
+                )  # fmt: skip
+                break
+        else:
+            return None
         _join[rows, shared](
             mixed, peaks, masses, out, parts, shared, VALUES=values, TALL=_power(values), PARTS=_power(parts)
         )
@@ -193,50 +205,34 @@ def _multiply(  # type: ignore[no-untyped-def]
     tl.store(out + lane * outputs + output, result.to(out.dtype.element_ty), mask=there)
 
 
-def _brief(call: Any, quantiles: Any = None) -> Any:
-    """Milliseconds of a call that finds nothing in the cache; few repetitions, since candidates are all alike."""
-    return triton.testing.do_bench(call, warmup=2, rep=8, quantiles=quantiles)
+def multiply(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    """The products of each row with one to three matrices of its own, by one kernel.
 
+    How a program reads follows from the number of columns alone, so that all processes of a team, and all runs, take
+    the same sums in the same order: two outputs at a time by one warp up to 1,024 columns, else one by four. On one
+    H200 this was within 3 % of the best of some twenty choices for every shape tried (`benchmarks/products.py`).
 
-_measured = triton.autotune(
-    configs=[
-        triton.Config({"ROWS": rows, "BLOCK": block}, num_warps=warps)
-        for rows, block, warps in (
-            (2, 1024, 1), (2, 512, 1), (1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (2, 2048, 8), (1, 4096, 8),
-        )
-    ],
-    key=["first_outputs", "COUNT", "COLUMNS"],
-    do_bench=_brief,
-)(_multiply)  # fmt: skip
+    Args:
+        rows: (lanes, columns).
+        matrices: (lanes, outputs, columns) each.
+        biases: (lanes, outputs) each, or none at all.
 
-
-def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
-    """The product of each row with its own matrix; arguments and result as of `impasto.rows.multiply`.
-
-    How many outputs a program has and how it reads is chosen by measuring, once for each shape.
+    Returns:
+        (lanes, outputs) for each matrix, in the type of `rows`.
     """
-    matrices = matrices if matrices.stride(-1) == 1 else matrices.contiguous()
-    return _products(rows, [matrices], [] if biases is None else [biases])[0]
-
-
-def multiply_several(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    """The products of each row with two or three matrices, by one kernel, as of `impasto.rows.multiply_several`."""
-    return _products(rows, [x.contiguous() for x in matrices], biases)
-
-
-def _products(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    """Products with one to three matrices, which are contiguous if they are several."""
-    lanes, columns = rows.shape
+    columns = rows.shape[1]
+    single = len(matrices) == 1
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    made = [rows.new_empty((lanes, x.shape[1])) for x in matrices]
+    matrices = [x if single and x.stride(-1) == 1 else x.contiguous() for x in matrices]
     added = [x.contiguous() for x in biases] or [rows]
-    three = [(*x, *[x[0]] * (3 - len(x))) for x in (matrices, added, made)]
-    outputs = [x.shape[1] for x in matrices]
+    made = [rows.new_empty(x.shape[:2]) for x in matrices]
+    first, second, third = ([*x, *[x[0]] * (3 - len(x))] for x in (matrices, added, made))
+    each, block, warps = (2, min(_power(columns), 1024), 1) if columns <= 1024 else (1, 1024, 4)
     with torch.cuda.device(rows.device):
-        _measured[lambda chosen: (sum(triton.cdiv(n, chosen["ROWS"]) for n in outputs), lanes)](
-            rows, *three[0], *three[1], *three[2], *[*outputs, 0, 0][:3],
+        _multiply[sum(triton.cdiv(x.shape[1], each) for x in matrices), len(rows)](
+            rows, *first, *second, *third, *[x.shape[1] for x in first],
             rows.stride(0), *matrices[0].stride()[:2], added[0].stride(0),
-            COUNT=len(matrices), COLUMNS=columns, BIAS=bool(biases),
+            COUNT=len(matrices), COLUMNS=columns, BIAS=bool(biases), ROWS=each, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return made
 

@@ -1,0 +1,78 @@
+"""How a program of `impasto.streaming.multiply` should read: every choice of outputs, block and warps, for each shape.
+
+    python benchmarks/products.py --output products.json
+
+Times are those of `triton.testing.do_bench`, which clears the cache before every call, as a step does that reads a
+model's other weights in between. `bmm` is the library's product. What the kernel takes by itself is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from impasto import streaming
+from impasto.hardware import machine
+
+SHAPES = (  # lanes, outputs, columns: of twelve stacked layers and the head at width 896, and of layers at width 4,096
+    (12, 896, 896),
+    (12, 4864, 896),
+    (12, 896, 4864),
+    (1, 151936, 896),
+    (1, 11008, 4096),
+    (1, 4096, 11008),
+    (1, 4096, 4096),
+)
+CHOICES = (  # outputs and columns that a program reads at once, and its warps
+    *((1, 1024, warps) for warps in (1, 2, 4)),
+    *((2, 1024, warps) for warps in (1, 2, 4)),
+    *((4, 1024, warps) for warps in (2, 4, 8)),
+    *((8, 1024, 8), (8, 512, 4), (4, 512, 2), (2, 512, 1), (16, 256, 4), (16, 128, 2)),
+    *((1, 2048, 4), (2, 2048, 4), (2, 2048, 8), (1, 4096, 8), (1, 8192, 8), (4, 256, 1), (8, 256, 2)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("products.json"))
+    chosen = parser.parse_args()
+    found: dict[str, Any] = {"machine": machine(torch.device("cuda")), "unit": "milliseconds", "shapes": {}}
+    for shape in SHAPES:
+        lanes, outputs, columns = shape
+        row, matrix = (torch.randn(size, device="cuda").bfloat16() for size in ((lanes, columns), shape))
+        out = torch.empty(lanes, outputs, device="cuda", dtype=torch.bfloat16)
+        here: dict[str, Any] = {"bmm": timed(lambda: torch.bmm(matrix, row[:, :, None]))}  # noqa: B023
+        for each, block, warps in CHOICES:
+            if block > 2 * columns:
+                continue
+
+            def call(each: int = each, block: int = block, warps: int = warps) -> None:
+                streaming._multiply[triton.cdiv(outputs, each), lanes](  # noqa: B023
+                    row, *[matrix] * 3, *[row] * 3, *[out] * 3, outputs, outputs, outputs,  # noqa: B023
+                    row.stride(0), *matrix.stride()[:2], 0,  # noqa: B023
+                    COUNT=1, COLUMNS=columns, BIAS=False, ROWS=each, BLOCK=block, num_warps=warps,  # noqa: B023
+                )  # fmt: skip
+
+            here[f"{each} outputs, {block} columns, {warps} warps"] = timed(call)
+        here["as it is"] = timed(lambda: streaming.multiply(row, [matrix], []))  # noqa: B023
+        found["shapes"]["x".join(map(str, shape))] = here
+        chosen.output.write_text(json.dumps(found, indent=1))
+        best = sorted((samples[len(samples) // 2], name) for name, samples in here.items())
+        print(f"{shape}, {matrix.nbytes / 1e6:.0f} MB")
+        for time, name in best[:6]:
+            print(f"  {time * 1e3:7.1f} us  {matrix.nbytes / time / 1e9:5.2f} TB/s  {name}", flush=True)
+
+
+def timed(call: Any) -> list[float]:
+    """Milliseconds of some calls, sorted."""
+    call()
+    return sorted(triton.testing.do_bench(call, warmup=3, rep=12, return_mode="all"))
+
+
+if __name__ == "__main__":
+    main()
