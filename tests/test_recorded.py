@@ -79,7 +79,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(error: Exception, why: str) -> No
     assert recorder.backend is None and not recorder.entry
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 def test_scores_are_those_of_plain_runs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model(family), tiny_tokenizer()
     asked = [
@@ -108,7 +108,7 @@ def test_nothing_is_recorded_on_a_cpu_or_against_the_wish() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mixtral"])
 def test_recordings_on_a_gpu(family: str) -> None:
     model, tokenizer = tiny_model(family).cuda(), tiny_tokenizer()
     asked = [Request("loglikelihood", "a question and more", text) for text in (" x", " sun", "q", " a longer answer")]
