@@ -6,6 +6,7 @@ import gc
 import re
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from families import DECODERS, DEPTH, FAMILIES, SIZES, VISION, build, inputs, shared
-from impasto.anatomy import Matrix, anatomy
+from impasto.anatomy import Heads, Matrix, anatomy, heads
 from impasto.errors import UnsupportedModel
 from impasto.runtime import scheduled
 
@@ -251,3 +252,24 @@ def test_a_text_model_with_a_vision_tower_as_deep(name: str) -> None:
             assert (torch.cat([out.logits, rest], 1) - full).abs().max() < 1e-4
             new = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
         assert new.shape[1] == 27
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896}, (14, 2, 64)),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 640, "head_dim": 256}, (4, 1, 256)),
+        ({"num_attention_heads": 12, "hidden_size": 768}, (12, 12, 64)),
+        ({"num_attention_heads": [4, 8], "hidden_size": 64}, "number of heads"),
+        ({"hidden_size": 64}, "number of heads"),
+        ({"num_attention_heads": 4}, "width of heads"),
+    ],
+)
+def test_heads_by_the_config(config: dict[str, Any], found: tuple[int, int, int] | str) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.config = SimpleNamespace(**config)  # type: ignore[assignment]
+    if isinstance(found, str):
+        with pytest.raises(UnsupportedModel, match=f"the config of Linear has no one {found} for all layers"):
+            heads(model)
+    else:
+        assert heads(model) == Heads(*found)

@@ -116,6 +116,39 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a model's attention, the same in every layer.
+
+    Attributes:
+        queries: how many there are.
+        keys: how many have keys and values of their own; others share them.
+        width: numbers in a key.
+    """
+
+    queries: int
+    keys: int
+    width: int
+
+
+def heads(model: nn.Module) -> Heads:
+    """The heads of attention, by the model's config.
+
+    Raises:
+        UnsupportedModel: the config does not tell, or not one number for all layers.
+    """
+    config = text_config(model)
+    queries = getattr(config, "num_attention_heads", None)
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "hidden_size", None)
+    if not isinstance(queries, int) or not isinstance(keys, int):
+        raise UnsupportedModel(f"the config of {type(model).__name__} has no one number of heads for all layers")
+    width = getattr(config, "head_dim", None) or (size and size // queries)
+    if not isinstance(width, int):
+        raise UnsupportedModel(f"the config of {type(model).__name__} has no one width of heads for all layers")
+    return Heads(queries, keys, width)
+
+
 @contextlib.contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, every module's own mode put back afterwards."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from impasto.anatomy import Anatomy, anatomy, input_device, probe_inputs, quietly, split, text_config
+from impasto.anatomy import Anatomy, anatomy, heads, input_device, probe_inputs, quietly, split, text_config
 from impasto.edit import Edit
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.generation import Size
@@ -180,12 +180,13 @@ def pays(model: nn.Module, schedule: Schedule | str, size: Size) -> bool:
 
 def _repeated_bytes(model: nn.Module) -> int:
     """Bytes per token and layer of keys and values once they are copied for every head; 0 if no heads share them."""
-    config = text_config(model)
-    heads, keys = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
-    if not isinstance(heads, int) or not isinstance(keys, int) or heads == keys:
+    try:
+        found = heads(model)
+    except UnsupportedModel:
         return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * heads * int(width) * next(model.parameters()).element_size()
+    if found.queries == found.keys:
+        return 0
+    return 2 * found.queries * found.width * next(model.parameters()).element_size()
 
 
 def hastened(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
-from impasto.anatomy import quietly
+from impasto.anatomy import heads, quietly
 from impasto.contenders import Contender, Job, Ready, written
 from impasto.errors import UsageError
 from impasto.hardware import Watch, peak_memory
@@ -140,10 +140,8 @@ class Vllm:
 
         began = time.perf_counter()
         self.job, case = job, job.case
-        config = self.loaded.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        column = 2 * heads * width * self.loaded.layers * next(self.loaded.model.parameters()).element_size()
+        found = heads(self.loaded.model)
+        column = 2 * found.keys * found.width * self.loaded.layers * next(self.loaded.model.parameters()).element_size()
         columns = case.batch * (case.context + case.new_tokens)
         weights = sum(p.nbytes for p in self.loaded.model.parameters())
         free, whole = torch.cuda.mem_get_info(self.loaded.device)

@@ -189,8 +189,8 @@ def _together(graph: fx.Graph, streams: Callable[[Tensor], bool]) -> None:
             if len(nodes) < 2 or not any(streams(node.args[1].meta["val"]) for node in nodes):
                 continue
             with graph.inserting_before(nodes[0]):
-                matrices, biases = ([_moved(graph, node.args[i]) for node in nodes] for i in (1, 2))
-                product = graph.call_function(_SEVERAL, (nodes[0].args[0], matrices, [x for x in biases if x]))
+                matrices, biases = ([_moved(graph, x) for node in nodes if (x := node.args[i])] for i in (1, 2))
+                product = graph.call_function(_SEVERAL, (nodes[0].args[0], matrices, biases))
                 parts = [graph.call_function(operator.getitem, (product, i)) for i in range(len(nodes))]
             for node, part in zip(nodes, parts, strict=True):
                 part.meta["val"] = node.meta["val"]
@@ -209,11 +209,9 @@ def _free(node: fx.Node) -> bool:
     return _origin(node).op == "placeholder"
 
 
-def _moved(graph: fx.Graph, node: fx.Node | None) -> fx.Node | None:
+def _moved(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """A copy, where nodes are inserted now, of a node that shows an input in another shape."""
-    if node is None or node.op == "placeholder":
-        return node
-    return graph.node_copy(node, lambda inner: _moved(graph, inner) or inner)
+    return node if node.op == "placeholder" else graph.node_copy(node, lambda inner: _moved(graph, inner))
 
 
 def _sums(graph: fx.Graph, streams: Callable[[Tensor], bool]) -> None:

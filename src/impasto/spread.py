@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from impasto.anatomy import Anatomy, anatomy, text_config
+from impasto.anatomy import Anatomy, anatomy, heads
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.halves import halves
 from impasto.models import LoadedModel, load
@@ -152,10 +152,9 @@ def _parts(model: nn.Module, body: Anatomy, layers: list[int], size: int) -> lis
     rules = {n.removeprefix(prefix): s for n, s in (getattr(model, "tp_plan", None) or {}).items() if prefix in n}
     if not rules:
         raise UnsupportedModel(f"{kind} has no tensor parallel plan: its layers in series stay whole in every process")
-    config = text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if heads % size:
-        raise UnsupportedModel(f"{heads} heads of keys cannot be split over {size} processes")
+    keys = heads(model).keys
+    if keys % size:
+        raise UnsupportedModel(f"{keys} heads of keys cannot be split over {size} processes")
     for name, style in rules.items():
         if style in _WHOLE:
             continue

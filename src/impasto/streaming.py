@@ -206,19 +206,11 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 
 def multiply(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    """The products of each row with one to three matrices of its own, by one kernel.
+    """Products with one to three matrices by one kernel; arguments and result as of `impasto.rows.multiply_several`.
 
     How a program reads follows from the number of columns alone, so that all processes of a team, and all runs, take
     the same sums in the same order: two outputs at a time by one warp up to 1,024 columns, else one by four. On one
     H200 this was within 3 % of the best of some twenty choices for every shape tried (`benchmarks/products.py`).
-
-    Args:
-        rows: (lanes, columns).
-        matrices: (lanes, outputs, columns) each.
-        biases: (lanes, outputs) each, or none at all.
-
-    Returns:
-        (lanes, outputs) for each matrix, in the type of `rows`.
     """
     columns = rows.shape[1]
     single = len(matrices) == 1
