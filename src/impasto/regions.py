@@ -25,6 +25,7 @@ from impasto import rows
 aten = torch.ops.aten
 _ATTEND = torch.ops.impasto.attend.default
 _MULTIPLY, _SEVERAL = torch.ops.impasto.multiply.default, torch.ops.impasto.multiply_several.default
+_GATED = torch.ops.impasto.multiply_gated.default
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default}
 WIDE = 4096  # entries of which the largest is looked for in two stages
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -82,6 +83,7 @@ def lowered(graph: fx.GraphModule, streams: Callable[[Tensor], bool] = rows.stre
     """
     made = fx.GraphModule({}, copy.deepcopy(graph.graph))  # a copy of the module would copy the weights of its layer
     _together(made.graph, streams)
+    _gates(made.graph)
     _sums(made.graph, streams)
     _two_stages(made.graph)
     made.graph.eliminate_dead_code()
@@ -196,6 +198,59 @@ def _together(graph: fx.Graph, streams: Callable[[Tensor], bool]) -> None:
                 part.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(part)
                 graph.erase_node(node)
+
+
+def _gates(graph: fx.Graph) -> None:
+    """Make one operation of two products of the same row, the activation of the first, and their product."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.mul.Tensor or len(node.args) != 2:
+            continue
+        left, right = node.args
+        found = _gate(left, right, _shape(node)) or _gate(right, left, _shape(node))
+        if found is None:
+            continue
+        product, gate, other, activation = found
+        row, matrices, biases = product.args
+        added = (biases[gate], biases[other]) if biases else (None, None)
+        with graph.inserting_before(product):
+            made = graph.call_function(_GATED, (row, matrices[gate], matrices[other], *added, activation))
+            made.meta["val"] = matrices[gate].meta["val"].new_empty(_shape(matrices[gate])[:2])
+        with graph.inserting_before(node):
+            shown = graph.call_function(aten.view.default, (made, list(_shape(node))))
+            shown.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(shown)
+        graph.erase_node(node)
+
+
+def _gate(active: Any, plain: Any, shape: tuple[int, ...]) -> tuple[Any, int, int, str] | None:
+    """What gates what: their common operation, the numbers of both products there, and the activation between them."""
+    active, shapes = _alone(active), {_shape(active), _shape(plain), shape}
+    activation = None if active is None else _activation(active)
+    gate, other = (_alone(active.args[0]), _alone(plain)) if activation else (None, None)
+    if gate is None or other is None or len(shapes) > 1 or _shape(gate) != _shape(other):
+        return None
+    if any(part.target is not operator.getitem for part in (gate, other)) or gate.args[0] is not other.args[0]:
+        return None
+    product: Any = gate.args[0]
+    if product.target is not _SEVERAL or len(product.args[1]) != 2:
+        return None
+    return product, gate.args[1], other.args[1], activation  # type: ignore[return-value]
+
+
+def _alone(node: Any) -> Any:
+    """The node whose values a chain of changes of shape shows, if nothing else is made of any of them; else None."""
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if node.op != "call_function" or not (node.target in _RESHAPES or _unmoved(node)):
+            return node
+        node = node.args[0]
+    return None
+
+
+def _activation(node: Any) -> str | None:
+    """The name that `impasto.rows.ACTIVATIONS` has for what a node computes."""
+    if node.target is aten.gelu.default:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(node.kwargs.get("approximate", "none"))
+    return {aten.silu.default: "silu", aten.relu.default: "relu"}.get(node.target)
 
 
 def _writes(node: fx.Node) -> bool:

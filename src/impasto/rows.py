@@ -10,10 +10,19 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+# Activations of a gate that our kernel knows.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 LEAST = 2**24  # bytes of a matrix from which our kernel reads it faster than a compiler's, or a library's
 
 
@@ -195,6 +204,39 @@ def multiply_several(rows: Tensor, matrices: list[Tensor], biases: list[Tensor])
 @multiply_several.register_fake
 def _(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
     return [rows.new_empty(x.shape[:2]) for x in matrices]
+
+
+@torch.library.custom_op("impasto::multiply_gated", mutates_args=())
+def multiply_gated(
+    rows: Tensor, gates: Tensor, matrices: Tensor, gate_biases: Tensor | None, biases: Tensor | None, activation: str
+) -> Tensor:
+    """The product of each row with its own matrix, times what an activation makes of its product with another one.
+
+    Args:
+        rows: (lanes, columns).
+        gates: (lanes, outputs, columns), whose products are activated.
+        matrices: (lanes, outputs, columns).
+        gate_biases: (lanes, outputs), with `gates`.
+        biases: (lanes, outputs), with `matrices`; none without the other.
+        activation: one of `ACTIVATIONS`.
+
+    Returns:
+        (lanes, outputs), in the type of `rows`, to which both products and the activated one are rounded, too.
+    """
+    added = [] if gate_biases is None or biases is None else [gate_biases, biases]
+    if streamed(gates):
+        from impasto import streaming
+
+        return streaming.multiply(rows, [gates, matrices], added, activation)[0]
+    products: list[Tensor] = multiply_several(rows, [gates, matrices], added)
+    return ACTIVATIONS[activation](products[0]) * products[1]
+
+
+@multiply_gated.register_fake
+def _(
+    rows: Tensor, gates: Tensor, matrices: Tensor, gate_biases: Tensor | None, biases: Tensor | None, activation: str
+) -> Tensor:
+    return rows.new_empty(matrices.shape[:2])
 
 
 def _merged(x: Tensor, dim: int | None, lanes: int) -> Tensor:

@@ -16,10 +16,12 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 PROGRAMS = 264  # of attention that keep a large GPU busy: twice its multiprocessors
-SHORT = 32  # columns of a part, where there are few rows
+MANY = 8 * PROGRAMS  # of them are more than it can begin at once
+SHORT = 32  # columns of a part, where that makes no more programs than these
 BLOCK = 64  # columns that a program reads at once, and those of a part, where there are many rows
 PARTS = 128  # of a row's columns, at most
 FITS = ((BLOCK, 3), (32, 3), (16, 3), (16, 1))  # columns at once and stages of loading; later ones need less memory
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order in which `_multiply` numbers them
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -42,7 +44,7 @@ def _attend(  # type: ignore[no-untyped-def]
         query + text * query_row + head[:, None] * query_head + wide[None, :],
         mask=live[:, None] & (wide < WIDTH)[None, :],
         other=0.0,
-    ).to(tl.float32)
+    )
     peak = tl.full([PAIRS], -float("inf"), tl.float32)
     mass = tl.zeros([PAIRS], tl.float32)
     total = tl.zeros([PAIRS, TALL], tl.float32)
@@ -77,7 +79,7 @@ def _attend(  # type: ignore[no-untyped-def]
         )
         if MASK == 1:  # what nobody sees may be anything, and 0 times anything is not always 0
             values = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], values, 0.0)
-        scores = tl.dot(asked, keys.to(tl.float32), input_precision=PRECISION) * scale + added
+        scores = tl.dot(asked, keys.to(asked.dtype), input_precision=PRECISION) * scale + added
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         anchor = tl.where(higher == -float("inf"), 0.0, higher)
@@ -126,7 +128,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     (batch, heads, _, width), (_, keys, columns, values) = query.shape, value.shape
     rows, shared = batch * keys, heads // keys
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    span = SHORT if rows * -(-columns // SHORT) <= PROGRAMS else BLOCK
+    programs = rows * -(-columns // SHORT)
+    span = SHORT if programs <= MANY else BLOCK
     span = max(span, -(-columns // PARTS))
     span += -span % 16
     parts = -(-columns // span)
@@ -140,15 +143,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         strides = (mask.stride(0), mask.stride(1), mask.stride(3))
         mask = mask.view(torch.uint8) if how == 1 else mask
     with torch.cuda.device(query.device):
-        for block, stages in FITS:
+        for most, stages in FITS:
+            block = min(most, _power(span))
+            read = block * max(_power(width), _power(values))
+            warps = 4 if programs <= PROGRAMS else min(max(read // 4096, 1), 4)  # few programs have the more of them
             with contextlib.suppress(OutOfResources):
                 _attend[rows, parts](
                     query, key, value, query if mask is None else mask, mixed, peaks, masses,
                     heads, shared, columns, span, masks, scale,
                     query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], *strides,
                     WIDTH=width, VALUES=values, WIDE=_power(width), TALL=_power(values), PAIRS=_power(shared),
-                    BLOCK=min(block, _power(span)), ONCE=span <= block, MASK=how,
-                    PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages,
+                    BLOCK=block, ONCE=span <= block, MASK=how,
+                    PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages, num_warps=warps,
                 )  # fmt: skip
                 break
         else:
@@ -164,12 +170,18 @@ def _multiply(  # type: ignore[no-untyped-def]
     row, first, second, third, first_bias, second_bias, third_bias, first_out, second_out, third_out,
     first_outputs, second_outputs, third_outputs, row_lane, matrix_lane, matrix_output, bias_lane,
     COUNT: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
-    """Some entries of one lane's product with one of several matrices."""
+    """Some entries of one lane's product with one of several matrices, or with two of which the first is a gate."""
     lane = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     matrix, bias, out, outputs = first, first_bias, first_out, first_outputs
-    if COUNT > 1:
+    if GATE != 0:
+        matrix += lane * outputs * COLUMNS
+        second += lane * outputs * COLUMNS
+        bias += lane * outputs
+        second_bias += lane * outputs
+    elif COUNT > 1:
         blocks = tl.cdiv(first_outputs, ROWS)
         if block >= blocks:
             matrix, bias, out, outputs = second, second_bias, second_out, second_outputs
@@ -187,6 +199,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     output = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = output < outputs
     total = tl.zeros([ROWS, BLOCK], tl.float32)
+    gated = tl.zeros([ROWS, BLOCK], tl.float32)
     for begin in tl.static_range(0, COLUMNS, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         inside = column < COLUMNS
@@ -199,32 +212,60 @@ def _multiply(  # type: ignore[no-untyped-def]
             matrix + place, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
         )
         total += weight.to(tl.float32) * factor[None, :]
+        if GATE != 0:
+            other = tl.load(
+                second + place, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
+            )
+            gated += other.to(tl.float32) * factor[None, :]
     result = tl.sum(total, 1)
     if BIAS:
         result += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)
+    if GATE != 0:  # every step is rounded, as it is where each is an operation of its own
+        value = tl.sum(gated, 1)
+        if BIAS:
+            value += tl.load(second_bias + output, mask=there, other=0.0).to(tl.float32)
+        value = value.to(out.dtype.element_ty).to(tl.float32)
+        result = result.to(out.dtype.element_ty).to(tl.float32)
+        if GATE == 1:
+            result = result * tl.sigmoid(result)
+        elif GATE == 2:
+            result = 0.5 * result * (1 + tl.erf(result * 0.7071067811865476))
+        elif GATE == 3:
+            inner = 0.7978845608028654 * (result + 0.044715 * result * result * result)
+            result = result * tl.sigmoid(2 * inner)
+        else:
+            result = tl.maximum(result, 0.0)
+        result = result.to(out.dtype.element_ty).to(tl.float32) * value
     tl.store(out + lane * outputs + output, result.to(out.dtype.element_ty), mask=there)
 
 
-def multiply(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+def multiply(
+    rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor], gate: str | None = None
+) -> list[Tensor]:
     """Products with one to three matrices by one kernel; arguments and result as of `impasto.rows.multiply_several`.
 
+    With a gate, one of `ACTIVATIONS`, there are two matrices of one shape and one result: as `multiply_gated`.
+
     How a program reads follows from the number of columns alone, so that all processes of a team, and all runs, take
-    the same sums in the same order: two outputs at a time by one warp up to 1,024 columns, else one by four. On one
-    H200 this was within 3 % of the best of some twenty choices for every shape tried (`benchmarks/products.py`).
+    the same sums in the same order: two rows of weights at a time by one warp up to 1,024 columns, else one by four. On
+    one H200 this was within 3 % of the best of some twenty choices for every shape tried (`benchmarks/products.py`).
     """
     columns = rows.shape[1]
     single = len(matrices) == 1
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     matrices = [x if single and x.stride(-1) == 1 else x.contiguous() for x in matrices]
     added = [x.contiguous() for x in biases] or [rows]
-    made = [rows.new_empty(x.shape[:2]) for x in matrices]
+    made = [rows.new_empty(x.shape[:2]) for x in (matrices if gate is None else matrices[:1])]
     first, second, third = ([*x, *[x[0]] * (3 - len(x))] for x in (matrices, added, made))
     each, block, warps = (2, min(_power(columns), 1024), 1) if columns <= 1024 else (1, 1024, 4)
+    if gate is not None:
+        each = 1  # of each matrix
     with torch.cuda.device(rows.device):
-        _multiply[sum(triton.cdiv(x.shape[1], each) for x in matrices), len(rows)](
+        _multiply[sum(triton.cdiv(x.shape[1], each) for x in made), len(rows)](
             rows, *first, *second, *third, *[x.shape[1] for x in first],
             rows.stride(0), *matrices[0].stride()[:2], added[0].stride(0),
-            COUNT=len(matrices), COLUMNS=columns, BIAS=bool(biases), ROWS=each, BLOCK=block, num_warps=warps,
+            COUNT=len(matrices), COLUMNS=columns, BIAS=bool(biases), ROWS=each, BLOCK=block,
+            GATE=0 if gate is None else ACTIVATIONS.index(gate) + 1, num_warps=warps,
         )  # fmt: skip
     return made
 
