@@ -83,6 +83,11 @@ def configs(model: nn.Module) -> tuple[Any, ...]:
     return tuple(chosen.values())
 
 
+def shares(model: nn.Module) -> bool:
+    """Whether decoding steps of a model read keys by a kernel of ours, which needs no copy for each head."""
+    return rows.attended(next(model.parameters())) and len(configs(model)) > 0
+
+
 @contextlib.contextmanager
 def shared(configs: Sequence[Any]) -> Iterator[None]:
     """Let modules with these configs take `attention` instead of torch's for the length of a `with` block."""
