@@ -34,12 +34,13 @@ UNRECORDED = {"xglm", "mpt"}  # their code looks at the position's value, so tha
 
 def plain(model: Any, schedule: str, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens of the plain runtime, with a growing cache and no padding."""
-    cache, ids, found = DynamicCache(config=model.config.get_text_config()), torch.tensor([prompt]), []
+    cache, found = DynamicCache(config=model.config.get_text_config()), []
+    ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad(), scheduled(model, schedule):
         for _ in range(count):
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
             found.append(int(logits.max(-1).indices))
-            ids = torch.tensor([[found[-1]]])
+            ids = ids.new_tensor([[found[-1]]])
     return found
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import families
 from impasto import fast as fast_module
 from impasto.errors import UnsupportedModel
 from impasto.fast import fast, hastened, pays
@@ -121,3 +122,12 @@ def test_long_rows_in_large_batches_do_not_pay_where_heads_share_keys(monkeypatc
         model.config = SimpleNamespace(**config)  # type: ignore[assignment]
         sizes = [Size(32, 161, 10_000), Size(1, 4129, 10_000), Size(32, 4129, 10_000)]
         assert [pays(model, Schedule.identity(24), size) for size in sizes] == answers
+
+
+@pytest.mark.parametrize(("family", "answer"), [("llama", True), ("gpt_oss", False)])
+def test_copies_count_where_attention_is_not_ours(family: str, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, long = families.shared(family), Size(32, 400_000, 10_000)
+    monkeypatch.setattr(fast_module, "input_device", lambda model: torch.device("cuda"))
+    assert not pays(model, "0:6", long)
+    monkeypatch.setattr("impasto.rows.attended", lambda query: True)
+    assert pays(model, "0:6", long) == answer

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from impasto.anatomy import Anatomy, anatomy, heads, input_device, probe_inputs, quietly, split, text_config
+from impasto.attention import shares
 from impasto.edit import Edit
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.generation import Size
@@ -170,19 +171,24 @@ def pays(model: nn.Module, schedule: Schedule | str, size: Size) -> bool:
 
     Small layers keep a GPU waiting for the host, which recording ends; large ones gain less than is assumed here, but
     with them a step takes so long that recording is short beside it. Answers may end early, so half of the steps count.
-    Static slots need a mask, with which models copy keys that heads share: long rows in large batches lose by that.
-    A model whose layers are split over processes is not recorded.
+    Static slots need a mask, with which models copy keys that heads share, unless attention of ours runs in them: long
+    rows in large batches lose by that. A model whose layers are split over processes is not recorded.
     """
     if input_device(model).type != "cuda" or any(map(split, model.parameters())):
         return False
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule, layers=anatomy(model).depth)
-    saved = SAVED - size.rows * size.columns * _repeated_bytes(model) / COPIED
+    saved = SAVED - size.rows * size.columns * _copied_bytes(model) / COPIED
     return size.steps / 2 * saved * schedule.calls > RECORDING + CHECKING * schedule.calls
 
 
-def _repeated_bytes(model: nn.Module) -> int:
-    """Bytes per token and layer of keys and values once they are copied for every head; 0 if no heads share them."""
+def _copied_bytes(model: nn.Module) -> int:
+    """Bytes per token and layer of keys and values that are copied for every head.
+
+    None are where no heads share them, or where attention is ours and reads them as they are.
+    """
+    if shares(model):
+        return 0
     try:
         found = heads(model)
     except UnsupportedModel:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from impasto.anatomy import Anatomy
+from impasto.attention import configs, shared
 from impasto.graphs import Backend
 from impasto.runtime import Player
 from impasto.schedule import Call, Group, Schedule
@@ -112,6 +113,7 @@ class Program:
         self.clock = Clock(context, device)
         self.player = StaticPlayer(model, body, schedule, backend, team)
         self.memory = StaticSlots(self.clock, len(self.player.slots))
+        self.configs = configs(model)
         self.padded = batch > 1 or "position_ids" not in body.arguments
         self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.pads = torch.zeros(batch, dtype=torch.long, device=device)
@@ -152,7 +154,8 @@ class Program:
     def step(self, visible: int) -> None:
         """From the newest tokens to the next ones, attention seeing the first `visible` columns."""
         self.clock.go_on(visible)
-        self.finish(self.inputs(self.ids))
+        with shared(self.configs):
+            self.finish(self.inputs(self.ids))
 
     def finish(self, asked: dict[str, Any]) -> None:
         """Call the model, and choose."""

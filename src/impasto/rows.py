@@ -41,6 +41,11 @@ def streamed(matrices: Tensor) -> bool:
     return _taken(matrices) and matrices.numel() * matrices.element_size() >= LEAST
 
 
+def attended(query: Tensor) -> bool:
+    """Whether attention of such queries is made by our kernel."""
+    return _taken(query)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
