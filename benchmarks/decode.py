@@ -77,7 +77,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
         max_position_embeddings=4096,
     ),
 }
-PARTS = ("law", "hf", "hf-compiled", "identity", "skip", "parallel", "loop", "branches", "stacks", "factored", "ttft")
+PARTS = ("law", "hf", "hf-compiled", "identity", "skip", "parallel", "loop", "branches", "factored", "ttft")
 OPTIONS: dict[str, dict[str, Any]] = {  # of torch's compiler, by mode
     "combo": {"combo_kernels": True},
     "tuned": {"coordinate_descent_tuning": True},
@@ -221,16 +221,9 @@ class Ours:
     """One recipe through `fast`; recorded steps can be replayed after its model is free again."""
 
     def __init__(
-        self,
-        name: str,
-        schedule: str,
-        mode: str,
-        rank: str | None = None,
-        branches: Branches = "stacked",
-        stacks: int | None = None,
+        self, name: str, schedule: str, mode: str, rank: str | None = None, branches: Branches = "stacked"
     ) -> None:
-        self.name, self.schedule, self.mode, self.rank = name, schedule, mode, rank
-        self.branches, self.stacks = branches, stacks
+        self.name, self.schedule, self.mode, self.rank, self.branches = name, schedule, mode, rank, branches
 
     def build(self, model: Any, prompt: list[int], context: int) -> dict[str, Any]:
         """Compile the recipe and read the prompt; returns what that took and what a step reads."""
@@ -249,7 +242,6 @@ class Ours:
                     context=context,
                     buckets=[context],
                     branches=self.branches,
-                    stacks=self.stacks,
                     compile="off" if self.mode == "modules" else "inductor",
                     options=OPTIONS.get(self.mode),
                 )
@@ -409,9 +401,6 @@ def variants_of(parts: list[str], modes: list[str], layers: int) -> Iterator[Our
         ):
             if part in parts:
                 yield from (Ours(f"{name}/{mode}", known[name], mode) for name in names)
-        for part in ("parallel", "loop", "branches") if mode != "modules" else ():
-            for count in (1, 2, 3) if part in parts and "stacks" in parts else ():
-                yield Ours(f"{part}, {count} stacks/{mode}", known[part], mode, stacks=count)
         if "parallel" in parts and mode != "modules":
             yield Ours(f"parallel, streams/{mode}", known["parallel"], mode, branches="streams")
         if "parallel" in parts:

@@ -91,7 +91,6 @@ def fast(
     prompt_sizes: Sequence[int] | None = None,
     capture: bool | None = None,
     branches: Branches = "stacked",
-    stacks: int | None = None,
     compile: Compile = "off",
     options: Mapping[str, Any] | None = None,
     team: Team | None = None,
@@ -115,8 +114,6 @@ def fast(
         branches: "stacked" runs branches of equal structure as one, on stacked weights, where they are compiled; the
             model's weights are moved for that, not copied. Other branches, and with "streams" all of them, run on
             streams of their own; with "series" one after another.
-        stacks: into how many stacks the branches of a group are put at the most, which then run beside one another;
-            None takes two for large groups where kernels are recorded, else one.
         compile: "inductor" compiles embedding, layers and head with torch's compiler, layers of equal structure once;
             "traced" runs the same graphs operation by operation (for tests); "off" records the modules as they are.
         options: settings of torch's compiler.
@@ -158,10 +155,10 @@ def fast(
         widths = tuple(sorted({min(size, context) for size in prompt_sizes}))
         program = Program(live, body, schedule, device, backend, batch, context, team)
         stack.enter_context(tapped(body.layers, program.player))
-        stacked = Stacks(live, stacks if stacks or capture else 1) if branches == "stacked" else None
-        if stacked is not None:
-            stack.callback(stacked.close)
-        decoder = Decoder(program, backend, sizes, widths, stacked)
+        stacks = Stacks(live) if branches == "stacked" else None
+        if stacks is not None:
+            stack.callback(stacks.close)
+        decoder = Decoder(program, backend, sizes, widths, stacks)
         decoder.prepare(compile, dict(options or {}))
         yield decoder
 

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 
 Work = Callable[[], None]
-LOWEST = -3  # number of a stream's priority that torch tells from others; lower numbers go first
 
 
 class Backend(Protocol):
@@ -28,15 +27,8 @@ class Backend(Protocol):
     def record(self, work: Work, undo: Work) -> Work:
         """`work` as something that can be called again and again; `undo` takes back what one call changed."""
 
-    def fork(
-        self, branches: int, ranked: bool = False
-    ) -> AbstractContextManager[Sequence[AbstractContextManager[Any]]]:
-        """One context manager per branch, to run its work in; all of it is done where the fork ends.
-
-        Args:
-            branches: how many there are.
-            ranked: where the device has work of two branches, that of the earlier one goes first.
-        """
+    def fork(self, branches: int) -> AbstractContextManager[Sequence[AbstractContextManager[Any]]]:
+        """One context manager per branch, to run its work in; all of it is done where the fork ends."""
 
     def wait(self) -> None:
         """Return when the device has done all it was given."""
@@ -52,7 +44,7 @@ class Eager:
         return work
 
     @contextlib.contextmanager
-    def fork(self, branches: int, ranked: bool = False) -> Iterator[Sequence[AbstractContextManager[Any]]]:
+    def fork(self, branches: int) -> Iterator[Sequence[AbstractContextManager[Any]]]:
         """Branches one after another."""
         yield [nullcontext()] * branches
 
@@ -79,7 +71,7 @@ class Cuda:
         self.warmup = warmup
         self.collect = collect
         self._pool: Any = None
-        self._streams: dict[tuple[tuple[int, ...], int], torch.cuda.Stream] = {}  # by place and priority
+        self._streams: dict[tuple[int, ...], torch.cuda.Stream] = {}
         self._place: tuple[int, ...] = ()
 
     @property
@@ -113,27 +105,26 @@ class Cuda:
         return graph.replay
 
     @contextlib.contextmanager
-    def fork(self, branches: int, ranked: bool = False) -> Iterator[Sequence[AbstractContextManager[Any]]]:
+    def fork(self, branches: int) -> Iterator[Sequence[AbstractContextManager[Any]]]:
         """Each branch on a stream that waits for the current one, which waits for all of them at the end."""
         if not self.parallel:
             yield [nullcontext()] * branches
             return
         here = torch.cuda.current_stream(self.device)
-        places = [((*self._place, branch), branch + 1 - branches if ranked else 0) for branch in range(branches)]
+        places = [(*self._place, branch) for branch in range(branches)]
         for place in places:
             if place not in self._streams:
-                priority = max(place[1], LOWEST)
-                self._streams[place] = torch.cuda.Stream(self.device, priority)  # type: ignore[no-untyped-call]
+                self._streams[place] = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._streams[place].wait_stream(here)
-        yield [self._on(*place) for place in places]
+        yield [self._on(place) for place in places]
         for place in places:
             here.wait_stream(self._streams[place])
 
     @contextlib.contextmanager
-    def _on(self, place: tuple[int, ...], priority: int) -> Iterator[None]:
+    def _on(self, place: tuple[int, ...]) -> Iterator[None]:
         outer, self._place = self._place, place
         try:
-            with torch.cuda.stream(self._streams[place, priority]):
+            with torch.cuda.stream(self._streams[place]):
                 yield
         finally:
             self._place = outer

@@ -13,7 +13,7 @@ from impasto.program import Program
 from impasto.regions import Compiled, Region, compile_region, interpret_region, trace
 from impasto.schedule import Call, Group
 from impasto.shares import Share
-from impasto.stacks import Stacked, Stacks, Unit, joined, plain_branches, stack
+from impasto.stacks import Stacks, Unit, plain_branches, stack
 from impasto.taps import Context
 
 Compile = Literal["off", "traced", "inductor"]
@@ -39,7 +39,6 @@ class Pieces:
         self.stacks = stacks
         self.notes: list[str] = []
         self._units: dict[int, Unit] = {}  # by the number of the (first) call
-        self._stacked: dict[int, Stacked] = {}  # by the number of the group's first call
         self._examples: dict[str, list[Tensor]] = {}  # by key: what a region is compiled on
         self._work: dict[str, Compiled] = {}
         self._trace()
@@ -47,8 +46,7 @@ class Pieces:
     @property
     def regions(self) -> list[Region]:
         """What stands before the layers, layer calls and stacked groups, what stands behind."""
-        joins = [found.join for found in self._stacked.values() if found.join is not None]
-        return [self._head, *[unit.region for unit in self._units.values()], *joins, self._tail]
+        return [self._head, *[unit.region for unit in self._units.values()], self._tail]
 
     @property
     def kernels(self) -> int:
@@ -74,20 +72,13 @@ class Pieces:
             return self._call(now.region, [hidden, *now.own, *[tensors[i] for i in now.reads]])[0]
 
         def group(group: Group, hidden: Tensor) -> Tensor:
-            found = self._stacked.get(player.now.place)
-            if found is None or found.group is not group:
+            number = player.now.place
+            stacked = self._units.get(number)
+            if stacked is None or stacked.group is not group:
                 return player.apart(group, hidden)
-            player.now.place += sum(self._units[number].calls for number in found.numbers)
-            player.now.slot += sum(self._units[number].slots for number in found.numbers)
-            if found.join is None:
-                merged = unit(found.numbers[0], hidden)
-            else:
-                parts = []
-                with player.backend.fork(len(found.numbers), ranked=True) as places:
-                    for place, number in zip(places, found.numbers, strict=True):
-                        with place:
-                            parts.append(unit(number, hidden))
-                (merged,) = self._call(found.join, [hidden, *parts])
+            player.now.place += stacked.calls
+            player.now.slot += stacked.slots
+            merged = unit(number, hidden)
             return player.meet(merged, hidden) if isinstance(group, Share) else merged
 
         player.around = lambda number, call, slot, hidden: unit(number, hidden)
@@ -171,7 +162,7 @@ class Pieces:
                 self._units[number] = replace(unit, region=self.stacks.now(unit.region))
 
     def _stack(self, group: Group, numbers: range, slot: int, hidden: Tensor, tensors: list[Tensor]) -> None:
-        """Put stacks in the place of the units of a group's calls, if its branches are of equal structure."""
+        """Put one unit in the place of those of a group's calls, if its branches are of equal structure."""
         calls = plain_branches(group)
         if calls is None or self.stacks is None or len(calls) < 2:
             return
@@ -184,38 +175,23 @@ class Pieces:
             )
             return
         wanted = [unit.slots for unit in branches[0]]
-        cuts = self.stacks.cut(group, [sum(map(_bytes, branch)) for branch in branches])
         for depth in range(length):
             slots = [slot + lane * sum(wanted) + sum(wanted[:depth]) for lane in range(len(branches))]
-            for _, lanes in cuts if wanted[depth] else ():
-                self.stacks.adopt(*self.program.memory.together(tuple(slots[lane] for lane in lanes)))
+            if wanted[depth]:
+                self.stacks.adopt(*self.program.memory.together(tuple(slots)))
             for branch, branch_calls, own in zip(branches, calls, slots, strict=True):
                 branch[depth] = replace(branch[depth], own=self._slot(branch_calls[depth], own))
+        made = stack(group, branches, hidden, tensors, self.stacks)
         for number in numbers:
             del self._units[number]
-        parts: list[Tensor] = []
-        firsts: list[int] = []
-        for part, lanes in cuts:
-            made = stack(part, [branches[lane] for lane in lanes], hidden, tensors, self.stacks)
-            firsts.append(numbers[lanes[0] * length])
-            self._units[firsts[-1]] = made
-            parts += self._note(made.region, [hidden, *made.own, *[tensors[i] for i in made.reads]])
-        join = None
-        if len(cuts) > 1:
-            join = trace(lambda hidden, *parts: [joined(parts, hidden, group)], [hidden, *parts])
-            self._note(join, [hidden, *parts])
-        self._stacked[numbers[0]] = Stacked(group, tuple(firsts), join)
+        self._units[numbers[0]] = made
+        self._note(made.region, [hidden, *made.own, *[tensors[i] for i in made.reads]])
 
     def _note(self, region: Region, inputs: list[Tensor]) -> list[Tensor]:
         """Keep what a region is compiled on, and give what its graph returns."""
         self._examples.setdefault(region.key, inputs)
         with torch.no_grad():
             return list(region.graph(*region.constants, *inputs))
-
-
-def _bytes(unit: Unit) -> int:
-    """Of the weights of a unit."""
-    return sum(tensor.nbytes for tensor in unit.region.constants)
 
 
 def _tensors(context: Context) -> list[Tensor]:

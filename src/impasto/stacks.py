@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 from impasto.regions import Region, trace
 from impasto.runtime import merge
 from impasto.schedule import Call, Group
-from impasto.shares import Share, cut
+from impasto.shares import Share
 from impasto.teams import partial
-
-APART = 2**26  # bytes of weights of each of two stacks from which they run beside one another
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +31,7 @@ class Unit:
         reads: which outputs of the region before all layers it reads.
         calls: how many layer calls it stands for.
         slots: how many slots they fill.
+        group: the group whose branches it stands for, if it is no single call.
     """
 
     region: Region
@@ -41,21 +39,7 @@ class Unit:
     reads: tuple[int, ...]
     calls: int = 1
     slots: int = 1
-
-
-@dataclass(frozen=True, eq=False)
-class Stacked:
-    """A group whose branches run as one stack, or as several beside one another.
-
-    Attributes:
-        group: the group.
-        numbers: the number of each stack's first call.
-        join: what takes the hidden state and what the stacks give, and gives the group's merge; None for a single one.
-    """
-
-    group: Group
-    numbers: tuple[int, ...]
-    join: Region | None
+    group: Group | None = None
 
 
 class Stacks:
@@ -63,11 +47,9 @@ class Stacks:
 
     Args:
         model: whose parameters become views of the stacks they are put into.
-        most: stacks of one group that may run beside one another; None chooses by their size.
     """
 
-    def __init__(self, model: nn.Module, most: int | None = 1) -> None:
-        self.most = most
+    def __init__(self, model: nn.Module) -> None:
         self._parameters = {p.data_ptr(): p for p in model.parameters()}
         self._made: dict[tuple[int, ...], Tensor] = {}
         self._moved: dict[int, nn.Parameter] = {}
@@ -89,29 +71,6 @@ class Stacks:
             self._parameters[new.data_ptr()] = self._moved[new.data_ptr()] = parameter
         self._made[key] = self._made[tuple(t.data_ptr() for t in stack)] = stack
         return stack
-
-    def cut(self, group: Group, sizes: Sequence[int]) -> list[tuple[Group, range]]:
-        """The stacks into which a group's branches are put, and which branches those are.
-
-        A layer reads hardly any weights while it attends, and nothing but weights afterwards. Where branches are in two
-        stacks, the device reads the weights of one while the other attends.
-
-        Args:
-            group: the group, or what this process has of it.
-            sizes: bytes of weights of each branch.
-        """
-        most = self.most
-        if most is None:
-            most = 2 if sum(sizes) >= 2 * APART else 1
-        count = min(most, len(sizes) // 2)
-        if count < 2:
-            return [(group, range(len(sizes)))]
-        places = cut([1.0] * len(sizes), count)
-        whole = group.group if isinstance(group, Share) else group
-        return [
-            (Share(group.branches[first:last], group.merge, group=whole, leads=False), range(first, last))
-            for first, last in pairwise(places)
-        ]
 
     def adopt(self, *stacks: Tensor) -> None:
         """Know tensors whose parts are already where they belong."""
@@ -146,16 +105,6 @@ def _mixed(flow: Tensor, hidden: Tensor, group: Group) -> Tensor:
     if isinstance(group, Share):
         return partial(list(flow.unbind()), hidden, group)
     return flow.mean(0) if group.merge == "mean" else merge(list(flow.unbind()), hidden, group.merge)
-
-
-def joined(parts: Sequence[Tensor], hidden: Tensor, group: Group) -> Tensor:
-    """The merge of a group, or a share's part of it, from what its stacks give."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    if group.merge == "sum" and not (isinstance(group, Share) and not group.leads):
-        total = total + hidden
-    return total if isinstance(group, Share) else total.to(hidden.dtype)
 
 
 def stack(
@@ -216,4 +165,5 @@ def stack(
         tuple(reads),
         sum(unit.calls for unit in all_units),
         sum(unit.slots for unit in all_units),
+        group,
     )

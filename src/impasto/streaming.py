@@ -16,8 +16,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 PROGRAMS = 264  # of attention that keep a large GPU busy: twice its multiprocessors
-MANY = 8 * PROGRAMS  # of them are more than it can begin at once
-SHORT = 32  # columns of a part, where that makes no more programs than these
+SHORT = 32  # columns of a part, where there are few rows
 BLOCK = 64  # columns that a program reads at once, and those of a part, where there are many rows
 PARTS = 128  # of a row's columns, at most
 FITS = ((BLOCK, 3), (32, 3), (16, 3), (16, 1))  # columns at once and stages of loading; later ones need less memory
@@ -44,7 +43,7 @@ def _attend(  # type: ignore[no-untyped-def]
         query + text * query_row + head[:, None] * query_head + wide[None, :],
         mask=live[:, None] & (wide < WIDTH)[None, :],
         other=0.0,
-    )
+    ).to(tl.float32)
     peak = tl.full([PAIRS], -float("inf"), tl.float32)
     mass = tl.zeros([PAIRS], tl.float32)
     total = tl.zeros([PAIRS, TALL], tl.float32)
@@ -79,7 +78,7 @@ def _attend(  # type: ignore[no-untyped-def]
         )
         if MASK == 1:  # what nobody sees may be anything, and 0 times anything is not always 0
             values = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], values, 0.0)
-        scores = tl.dot(asked, keys.to(asked.dtype), input_precision=PRECISION) * scale + added
+        scores = tl.dot(asked, keys.to(tl.float32), input_precision=PRECISION) * scale + added
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         anchor = tl.where(higher == -float("inf"), 0.0, higher)
@@ -128,8 +127,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     (batch, heads, _, width), (_, keys, columns, values) = query.shape, value.shape
     rows, shared = batch * keys, heads // keys
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    programs = rows * -(-columns // SHORT)
-    span = SHORT if programs <= MANY else BLOCK
+    span = SHORT if rows * -(-columns // SHORT) <= PROGRAMS else BLOCK
     span = max(span, -(-columns // PARTS))
     span += -span % 16
     parts = -(-columns // span)
@@ -143,24 +141,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         strides = (mask.stride(0), mask.stride(1), mask.stride(3))
         mask = mask.view(torch.uint8) if how == 1 else mask
     with torch.cuda.device(query.device):
-        for most, stages in FITS:
-            block = min(most, _power(span))
-            read = block * max(_power(width), _power(values))
-            warps = 4 if programs <= PROGRAMS else min(max(read // 4096, 1), 4)  # few programs have the more of them
+        for block, stages in FITS:
             with contextlib.suppress(OutOfResources):
                 _attend[rows, parts](
                     query, key, value, query if mask is None else mask, mixed, peaks, masses,
                     heads, shared, columns, span, masks, scale,
                     query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], *strides,
                     WIDTH=width, VALUES=values, WIDE=_power(width), TALL=_power(values), PAIRS=_power(shared),
-                    BLOCK=block, ONCE=span <= block, MASK=how,
-                    PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages, num_warps=warps,
+                    BLOCK=min(block, _power(span)), ONCE=span <= block, MASK=how,
+                    PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages,
                 )  # fmt: skip
                 break
         else:
             return None
         _join[rows, shared](
-            mixed, peaks, masses, out, parts, shared, VALUES=values, TALL=_power(values), PARTS=_power(parts)
+            mixed,
+            peaks,
+            masses,
+            out,
+            parts,
+            shared,
+            VALUES=values,
+            TALL=_power(values),
+            PARTS=_power(parts),
         )
     return out
 
@@ -203,19 +206,17 @@ def _multiply(  # type: ignore[no-untyped-def]
     for begin in tl.static_range(0, COLUMNS, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         inside = column < COLUMNS
-        factor = tl.load(row + lane * row_lane + column, mask=inside, other=0.0).to(tl.float32)
         if COUNT > 1:
             place = output[:, None] * COLUMNS + column[None, :]
         else:
             place = output[:, None] * matrix_output + column[None, :]
-        weight = tl.load(
-            matrix + place, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
-        )
+        read = there[:, None] & inside[None, :]
+        weight = tl.load(matrix + place, mask=read, other=0.0, eviction_policy="evict_first")
+        if GATE != 0:
+            other = tl.load(second + place, mask=read, other=0.0, eviction_policy="evict_first")
+        factor = tl.load(row + lane * row_lane + column, mask=inside, other=0.0).to(tl.float32)
         total += weight.to(tl.float32) * factor[None, :]
         if GATE != 0:
-            other = tl.load(
-                second + place, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
-            )
             gated += other.to(tl.float32) * factor[None, :]
     result = tl.sum(total, 1)
     if BIAS:
@@ -247,8 +248,9 @@ def multiply(
     With a gate, one of `ACTIVATIONS`, there are two matrices of one shape and one result: as `multiply_gated`.
 
     How a program reads follows from the number of columns alone, so that all processes of a team, and all runs, take
-    the same sums in the same order: two rows of weights at a time by one warp up to 1,024 columns, else one by four. On
-    one H200 this was within 3 % of the best of some twenty choices for every shape tried (`benchmarks/products.py`).
+    the same sums in the same order: two rows of weights at a time by one warp up to 1,024 columns, else one by four, or
+    one of each matrix by eight. On one H200 this was within 3 % of the best of some twenty choices for every shape
+    tried (`benchmarks/products.py`).
     """
     columns = rows.shape[1]
     single = len(matrices) == 1
@@ -258,8 +260,8 @@ def multiply(
     made = [rows.new_empty(x.shape[:2]) for x in (matrices if gate is None else matrices[:1])]
     first, second, third = ([*x, *[x[0]] * (3 - len(x))] for x in (matrices, added, made))
     each, block, warps = (2, min(_power(columns), 1024), 1) if columns <= 1024 else (1, 1024, 4)
-    if gate is not None:
-        each = 1  # of each matrix
+    if gate is not None:  # one row of each matrix
+        each, block, warps = (1, block, 1) if columns <= 1024 else (1, 2048, 8)
     with torch.cuda.device(rows.device):
         _multiply[sum(triton.cdiv(x.shape[1], each) for x in made), len(rows)](
             rows, *first, *second, *third, *[x.shape[1] for x in first],
