@@ -244,7 +244,7 @@ def test_of_a_model_with_eyes_the_text_part_alone_changes(tmp_path: Path) -> Non
         text_config=families.config("gemma3_text").to_dict(),
         vision_config={"num_hidden_layers": families.DEPTH, **sizes},
         mm_tokens_per_image=4,
-        **{name: families.VOCABULARY - 1 for name in ("image_token_index", "boi_token_index", "eoi_token_index")},
+        **dict.fromkeys(("image_token_index", "boi_token_index", "eoi_token_index"), families.VOCABULARY - 1),
     )
     torch.manual_seed(0)
     model = adopt(AutoModelForImageTextToText.from_config(config).eval(), None, name="x")
