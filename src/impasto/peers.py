@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import tempfile
 import time
@@ -23,7 +24,7 @@ from impasto import memory
 from impasto.anatomy import heads, quietly
 from impasto.checkpoint import nbytes, write
 from impasto.contenders import Contender, Job, Outfit, Ready, written
-from impasto.errors import ImpastoError, StoreError, UnsupportedModel, UsageError
+from impasto.errors import UnsupportedModel, UsageError
 from impasto.hardware import Watch, peak_memory
 from impasto.models import LoadedModel
 from impasto.recipe import Recipe
@@ -80,7 +81,7 @@ class Shelf:
         self.loaded = loaded
         self._undo = contextlib.ExitStack()
         self._places: dict[str, Path] = {}
-        self._refused: dict[str, ImpastoError] = {}
+        self._refused: dict[str, str] = {}
 
     def __enter__(self) -> Shelf:
         return self
@@ -97,7 +98,8 @@ class Shelf:
             outfit: its edits, carried out.
 
         Raises:
-            ImpastoError: as `impasto.checkpoint.write` does.
+            UnsupportedModel: the recipe cannot be a plain checkpoint; found once, and remembered.
+            StoreError: there is no room for it.
         """
         name = recipe.fingerprint
         own = Path(self.loaded.name)
@@ -105,14 +107,14 @@ class Shelf:
         if untouched and (own / "config.json").is_file():
             return own
         if name in self._refused:
-            raise self._refused[name]
+            raise UnsupportedModel(self._refused[name])
         if name not in self._places:
             folder = Path(self._undo.enter_context(tempfile.TemporaryDirectory()))
             try:
                 with outfit.worn(thin=False):
                     self._places[name] = write(self.loaded, replace(recipe, edits=()), folder)
-            except (UnsupportedModel, StoreError) as problem:
-                self._refused[name] = problem
+            except UnsupportedModel as problem:
+                self._refused[name] = str(problem)  # the error itself holds the model that it was found with
                 raise
         return self._places[name]
 
@@ -223,6 +225,7 @@ class Vllm:
         self.job, case = job, job.case
         folder = self._place()
         there = time.perf_counter()
+        gc.collect()  # what the checkpoint was checked with
         memory.free()
         free, whole = torch.cuda.mem_get_info(self.loaded.device)
         need = self._need(job)
