@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from impasto import latency, plots
+from impasto import frontier, latency, plots
 from impasto.cli import main
 from impasto.recipe import Recipe
 from impasto.result import Result, Setting
@@ -184,7 +184,8 @@ def measured() -> Bench:
             timing(1, "fast", 0.8583, memory=987_654_321),
             timing(2, "plain", 17.52, memory=987_654_321, notes=("fast refuses: it has moods",)),
             timing(0, "hf-compiled", 2.861, demand=None),
-            timing(0, "vllm", 0.0, rounds=(), problem="vLLM is not installed"),
+            timing(0, "vllm", 0.0, rounds=(), problem="out of memory"),
+            timing(1, "vllm", 0.9021, demand=None, notes=("vllm: TPOT is a mean over each text",)),
             *[Timing(recipe.fingerprint, "fast", late, problem="out of memory") for recipe in RECIPES],
         ),
         machine={"gpu": "NVIDIA H200"},
@@ -193,7 +194,7 @@ def measured() -> Bench:
             Reading(case.key, 0, {"sm_mhz": 1980.0, "celsius": 41.0}),
             Reading(case.key, 1, {"sm_mhz": 1755.0, "celsius": 66.0}, ("power limit",)),
         ),
-        notes=("vLLM runs the untouched model only",),
+        notes=("vLLM does not run the rest",),
     )
 
 
@@ -209,17 +210,34 @@ def test_the_table_fits_a_hundred_columns() -> None:
     assert not any("…" in line for line in lines)
     assert lines[3].split() == ["untouched", "22.6", "1.14", "1.17", "28,078", "12", "GB", "8.3", "%"]
     assert lines[4].split()[:3] == ["A", "17.2", "0.761"] and lines[5].startswith("B (plain)")
-    assert lines[6].startswith("hf-compiled") and lines[7] == "vllm: vLLM is not installed"
-    assert lines[9:11] == ["batch 256, context 32,000, 64 new tokens", "out of memory"]
-    assert lines[12:] == [
+    assert lines[6].startswith("hf-compiled") and lines[7].startswith("A (vllm) ")
+    assert lines[8] == "vllm: out of memory"
+    assert lines[10:12] == ["batch 256, context 32,000, 64 new tokens", "out of memory"]
+    assert lines[13:] == [
         "NVIDIA H200: copies 4,250 GB/s, reads 4,100 GB/s, multiplies 700.0 k GFLOP/s;",
         "  roofline is the share of that which TPOT reaches",
         "clock 1755 to 1980 MHz, 41 to 66 °C in 2 readings",
         "held back by power limit in 1 of 2 readings",
         "getting ready took at most 4 s (untouched)",
         "B: fast refuses: it has moods",
-        "vLLM runs the untouched model only",
+        "vllm: TPOT is a mean over each text",
+        "vLLM does not run the rest",
     ]
+
+
+def test_a_recipe_under_a_peer_is_called_by_both_names() -> None:
+    bench = measured()
+    names = command.named(bench)
+    called = [bench.called(timing, names) for timing in bench.timings[:6]]
+    assert called == ["untouched", "A", "B", "hf-compiled", "vllm", "A (vllm)"]
+    ratio = bench.ratio(bench.timings[5])
+    assert ratio is not None and ratio.value == pytest.approx(0.9021 / 1.1284)  # of the untouched model by impasto
+    failed = replace(bench.timings[5], rounds=(), problem="out of memory")
+    assert command.problems(replace(bench, timings=(*bench.timings[:4], failed)), failed.case) == [
+        "A (vllm): out of memory"
+    ]
+    series = {row["series"] for row in frontier.throughput(bench, names).rows}
+    assert series == {"untouched", "A", "B", "hf-compiled", "A (vllm)"}
 
 
 def test_figures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
@@ -230,6 +248,7 @@ def test_figures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
         "A  0:8 12:24",
         "B  0:8 {8:16} 16:24 + 1.mlp.*@0.1",
         "hf-compiled",
+        "A  0:8 12:24 (vllm)",
     ]
     nothing = replace(measured(), timings=measured().timings[-3:])
     assert command.drawn(nothing, tmp_path, None) == []

@@ -34,3 +34,10 @@ def test_fast_execution(capsys):
     (program,) = blocks("docs/fast.md")
     exec(program, {"model": tiny_model()})
     assert "slots" in capsys.readouterr().out
+
+
+def test_plain_checkpoints(tmp_path, capsys):
+    (program,) = blocks("docs/checkpoint.md")
+    exec(program, {"model": tiny_model(), "tokenizer": tiny_tokenizer(), "folder": tmp_path / "x"})
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert (first, third) == ("4", "None") and second.startswith("it runs layers in parallel")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.machinery
 import itertools
 import json
 import math
 import random
 import sys
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from impasto import latency, peers
 from impasto.contenders import Fast, Job, Outfit, Plain, Ready, demand, written
@@ -26,6 +30,7 @@ from impasto.hardware import HostWatch, Sensor, State, limits, machine, peak_mem
 from impasto.models import LoadedModel, adopt
 from impasto.recipe import Recipe
 from impasto.result import Setting
+from impasto.runtime import scheduled
 from impasto.store import Store
 from impasto.timings import Bench, Case, Demand, Reading, Roofline, Round, Spread, Timing, cases, ratio, turns
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
@@ -561,14 +566,18 @@ def test_a_model_that_writes_nothing_is_refused() -> None:
 # ── peers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def nowhere() -> Path:
+    raise AssertionError("this peer reads no folder")
+
+
 def test_unknown_peers_are_refused(loaded: LoadedModel) -> None:
     with pytest.raises(UsageError, match="a peer is one of hf, hf-compiled, vllm, not 'other'"):
-        peers.peer("other", loaded, FULL, ticking(loaded))  # type: ignore[arg-type]
+        peers.peer("other", loaded, FULL, ticking(loaded), nowhere)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", ["hf", "hf-compiled"])
 def test_generate_makes_every_token_even_of_a_model_that_would_stop(how: Any, loaded: LoadedModel) -> None:
-    peer = peers.peer(how, loaded, FULL, ticking(loaded))
+    peer = peers.peer(how, loaded, FULL, ticking(loaded), nowhere)
     peer.ready(Job.of(Case(2, 8, 12), loaded))
     ttft, tpot = peer.run(3, 11)
     assert (len(ttft), len(tpot)) == (3, 11)
@@ -576,11 +585,235 @@ def test_generate_makes_every_token_even_of_a_model_that_would_stop(how: Any, lo
     assert "_cache" not in vars(loaded.model)
 
 
-def test_vllm_is_asked_for_whole_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a stand-in for the package: what it is given, and what is made of its times."""
-    asked: list[Any] = []
+GIGABYTE = 10**9
 
-    class Engine:
+
+class Garage:
+    """A stand-in for vLLM, whose engines write greedy texts by the checkpoint that they are given, on a large device.
+
+    As in vLLM, an engine takes its share of the whole device for itself, and does not start if less is free.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, memory: float = 100.0) -> None:
+        self.memory = memory * GIGABYTE
+        self.clock = Ticks()
+        self.options: list[dict[str, Any]] = []
+        self.texts: list[list[tuple[int, ...]]] = []  # of each engine, those of its last call
+        self.alive: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+        module = types.ModuleType("vllm")
+        module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+        vars(module).update(LLM=functools.partial(Engine, self), SamplingParams=dict)
+        monkeypatch.setitem(sys.modules, "vllm", module)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, self.memory))
+
+    @property
+    def free(self) -> float:
+        return self.memory - sum(self.alive.values())
+
+
+class Engine:
+    def __init__(self, garage: Garage, **options: Any) -> None:
+        share = options["gpu_memory_utilization"] * garage.memory
+        assert share <= garage.free, "free memory on startup is less than desired"
+        garage.alive[self] = share
+        self.garage, self.number = garage, len(garage.options)
+        garage.options.append(options)
+        garage.texts.append([])
+        self.model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=options["dtype"])
+        assert options["skip_tokenizer_init"] and not options["enable_prefix_caching"]
+
+    def generate(self, prompts: Any, sampling: Any, use_tqdm: bool) -> None:
+        assert sampling["ignore_eos"] and sampling["min_tokens"] == sampling["max_tokens"] and not use_tqdm
+        ids = torch.tensor([prompt["prompt_token_ids"] for prompt in prompts])
+        length = ids.shape[1]
+        assert len(ids) <= self.garage.options[self.number]["max_num_seqs"]
+        assert length + sampling["max_tokens"] <= self.garage.options[self.number]["max_model_len"]
+        with torch.no_grad():
+            for _ in range(sampling["max_tokens"]):
+                ids = torch.cat([ids, self.model(ids).logits[:, -1:].argmax(-1)], 1)
+                self.garage.clock()
+        self.garage.texts[self.number] = [tuple(row) for row in ids[:, length:].tolist()]
+
+
+def greedy(loaded: LoadedModel, recipe: Recipe, ids: torch.Tensor, tokens: int) -> list[tuple[int, ...]]:
+    """The texts of a recipe by impasto's plain runtime, without a cache."""
+    length = ids.shape[1]
+    with Outfit(loaded, recipe.edits).worn(), scheduled(loaded.model, recipe.schedule), torch.no_grad():
+        for _ in range(tokens):
+            ids = torch.cat([ids, loaded.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return [tuple(row) for row in ids[:, length:].tolist()]
+
+
+def test_vllm_runs_every_recipe_that_can_be_a_checkpoint(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    garage = Garage(monkeypatch)
+    monkeypatch.setattr(peers, "absent", lambda name, loaded: None)
+    monkeypatch.setattr(latency, "absent", lambda name, loaded: None)
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    twice, half = Recipe.of("tiny", "3 (1 0)x2", layers=LAYERS), Recipe.of("tiny", "0:3 3.mlp", layers=LAYERS)
+    other = Recipe.of("tiny", "{0,1} 2:4", layers=LAYERS)
+    heard: list[str] = []
+    bench = latency.measure(
+        loaded,
+        [SKIP, PARALLEL, CUT, twice, half, other],
+        batch_sizes=[1, 2],
+        contexts=[8],
+        new_tokens=5,
+        rounds=1,
+        peers=["vllm"],
+        watch=HostWatch(loaded.device, garage.clock),
+        sensor=Thermometer(),
+        aside=lambda what, detail: heard.append(detail),
+    )
+    run = [timing for timing in bench.timings if timing.how == "vllm"]
+    able = [FULL, SKIP, CUT, twice]
+    assert [timing.recipe for timing in run] == 2 * [recipe.fingerprint for recipe in able]
+    assert all(timing.problem is None and len(timing.rounds) == 1 for timing in run)
+    assert bench.notes[-2:] == (
+        "vLLM does not run 0 {1 2} 3; {0 1} 2 3: it runs layers in parallel, and a plain checkpoint has one after the "
+        "other",
+        "vLLM does not run 0:3 3.mlp: it runs halves of layers, and a plain checkpoint has whole ones",
+    )
+    for number, (recipe, text) in enumerate(zip(2 * able, garage.texts, strict=True)):
+        ids = Job.of(bench.cases[number // len(able)], loaded).ids
+        assert text == greedy(loaded, recipe, ids, 5), recipe
+    assert len({tuple(text) for text in garage.texts[:4]}) == 4
+    assert "getting vllm ready" in heard and "getting 0 2 3 (vllm) ready" in heard
+    assert run[0].notes == ("vllm: TPOT is a mean over each text",)
+    assert "vllm: matrices that edits cut are whole in a checkpoint, and take their full time" in run[2].notes
+    assert list(run[0].build) == ["checkpoint", "start"] and bench.ratio(run[1]) is not None
+    places = [options["model"] for options in garage.options]
+    assert places[:4] == places[4:] and len(set(places)) == 4  # written once for all cases
+    assert not any(Path(place).exists() for place in places) and not garage.alive
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+    with Store(tmp_path) as store:
+        latency.keep(bench, store)
+        kept = store.measurements(bench.setting, latency.KIND, recipe=twice.fingerprint)
+        assert [one.key for one in kept] == [f"{case.key}, {how}" for case in bench.cases for how in ("plain", "vllm")]
+
+
+def test_engines_share_a_device_and_each_asks_for_what_its_recipe_needs(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "absent", lambda name, loaded: None)
+    monkeypatch.setattr(peers, "_SPARE", 0)
+    garage, case = Garage(monkeypatch, 0.01), Case(2, 8, 5)
+    job = Job.of(case, loaded)
+    long = Recipe.of("tiny", "0:4 0:4", layers=LAYERS)
+    layer = sum(p.nbytes for p in loaded.model.model.layers[0].parameters())
+    keys = 1.2 * 2 * 2 * 8 * 4 * case.batch * (case.context + case.new_tokens)  # heads, width, bytes
+    with peers.Shelf(loaded) as shelf:
+        for recipe in (FULL, SKIP, long):
+            place = functools.partial(shelf.place, recipe, Outfit(loaded, ()))
+            engine = peers.peer("vllm", loaded, recipe, HostWatch(loaded.device, garage.clock), place)
+            engine.ready(job)
+            job_again = engine.run(1, 4)
+            assert [len(times) for times in job_again] == [1, 1]
+            if recipe is not FULL:
+                engine.close()
+            else:
+                first = engine
+        asked = [options["gpu_memory_utilization"] * garage.memory for options in garage.options]
+        assert asked[0] - asked[1] == pytest.approx(layer + keys)
+        assert asked[2] - asked[0] == pytest.approx(4 * (layer + keys))
+        assert list(garage.alive.values()) == [pytest.approx(asked[0])]
+        garage.memory = asked[0] + 1.01 * asked[1]  # beside the first there is room for less than another
+        engine = peers.peer(
+            "vllm",
+            loaded,
+            SKIP,
+            HostWatch(loaded.device, garage.clock),
+            functools.partial(shelf.place, SKIP, Outfit(loaded, ())),
+        )
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory: vLLM needs about 0.0 GB"):
+            engine.ready(job)
+        first.close()
+        engine.ready(job)
+        engine.close()
+
+
+def test_engines_that_do_not_fit_together_run_one_after_the_other(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    garage = Garage(monkeypatch, 8.0)  # one engine has six to spare
+    monkeypatch.setattr(peers, "absent", lambda name, loaded: None)
+    monkeypatch.setattr(latency, "absent", lambda name, loaded: None)
+    bench = latency.measure(
+        loaded,
+        [SKIP],
+        batch_sizes=[1],
+        contexts=[8],
+        new_tokens=3,
+        rounds=2,
+        peers=["vllm"],
+        watch=HostWatch(loaded.device, garage.clock),
+    )
+    assert [(timing.how, len(timing.rounds), timing.problem) for timing in bench.timings] == [
+        ("plain", 4, None),
+        ("plain", 2, None),
+        ("vllm", 2, None),
+        ("vllm", 2, None),
+    ]
+    assert bench.ratio(bench.timings[3]) is not None and not garage.alive
+
+
+def test_a_checkpoint_that_is_refused_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a run of the written checkpoint shows is the recipe's problem in every case, and written once."""
+    import families
+
+    monkeypatch.setattr(peers, "absent", lambda name, loaded: None)
+    monkeypatch.setattr(latency, "absent", lambda name, loaded: None)
+    garage = Garage(monkeypatch)
+    model = adopt(families.shared("gemma3n_text"), None, name="x")
+    recipe, count = Recipe.of("x", "5 4 3 2 1 0", layers=6), itertools.count()
+    write = peers.write
+    monkeypatch.setattr(peers, "write", lambda *given: (next(count), write(*given))[1])
+    bench = latency.measure(
+        model,
+        [recipe],
+        batch_sizes=[1, 2],
+        contexts=[8],
+        new_tokens=2,
+        rounds=1,
+        peers=["vllm"],
+        watch=HostWatch(model.device, garage.clock),
+    )
+    assert [timing.problem is None for timing in bench.timings] == 2 * [True, True, True, False]
+    assert "layers know more of their place than the config says" in str(bench.timings[-1].problem)
+    assert next(count) == 2  # the untouched model's, and this one
+
+
+def test_the_untouched_model_runs_from_the_folder_it_came_from(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "tiny")
+    model = adopt(tiny_model(layers=LAYERS), tiny_tokenizer(), name=str(folder))
+    outfit = Outfit(model, ())
+    with peers.Shelf(model) as shelf:
+        assert shelf.place(FULL, outfit) == folder
+        other = shelf.place(SKIP, outfit)
+        assert other != folder and (other / "config.json").is_file() and shelf.place(SKIP, outfit) == other
+    assert not other.exists() and (folder / "config.json").is_file()
+
+
+def test_long_lists_of_recipes_are_cut_short() -> None:
+    assert [latency._listed(list("abcde"[:count])) for count in (1, 3, 5)] == ["a", "a; b; c", "a; b; c and 2 more"]
+
+
+def test_why_vllm_cannot_run_here(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peers.absent("hf", loaded) is None
+    with pytest.raises(UsageError, match="vLLM is not installed"):
+        peers.peer("vllm", loaded, FULL, ticking(loaded), nowhere)
+    Garage(monkeypatch)
+    with pytest.raises(UsageError, match="vLLM runs beside impasto on CUDA devices only"):
+        peers.peer("vllm", loaded, FULL, ticking(loaded), nowhere)
+    monkeypatch.setattr(LoadedModel, "device", torch.device("cuda"))
+    assert peers.absent("vllm", loaded) is None
+
+
+def test_vllms_times_are_those_of_whole_texts(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = Ticks(), []
+
+    class Slow:
         def __init__(self, **options: Any) -> None:
             asked.append(options)
 
@@ -589,34 +822,19 @@ def test_vllm_is_asked_for_whole_texts(monkeypatch: pytest.MonkeyPatch, tmp_path
             for _ in range(sampling["max_tokens"]):
                 now()
 
-    now = Ticks()
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine, SamplingParams=dict))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 100 << 30))
-    folder = tiny_folder(tmp_path / "tiny")
-    for name, own in ((str(folder), True), ("demo", False)):
-        model = adopt(tiny_model(layers=LAYERS), tiny_tokenizer(), name=name)
-        recipe = Recipe.of(name, layers=LAYERS)
-        with pytest.raises(UsageError, match="vLLM runs beside impasto on CUDA devices only"):
-            peers.Vllm(model, recipe, HostWatch(model.device, now))
-        peer = peers.Vllm.__new__(peers.Vllm)
-        monkeypatch.setattr(LoadedModel, "device", torch.device("cuda"))
-        peers.Vllm.__init__(peer, model, recipe, HostWatch(torch.device("cpu"), now))
-        asked.clear()
-        ready = peer.ready(Job(Case(2, 8, 5), torch.ones(2, 8, dtype=torch.long)))
-        ttft, tpot = peer.run(3, 4)
-        assert (ttft, tpot) == ([2000.0] * 3, [1000.0])
-        options = asked[0]
-        assert (options["max_model_len"], options["max_num_seqs"], options["dtype"]) == (13, 2, "float32")
-        assert 0.05 < options["gpu_memory_utilization"] < 0.1 and (options["model"] == str(folder)) == own
-        assert asked[-4:] == [(2, 8, 1)] * 3 + [(2, 8, 5)]
-        assert list(ready.build) == ["start"] and "mean over each text" in ready.notes[0]
-        place = Path(options["model"])
-        assert (place / "config.json").exists()
-        peer.close()
-        assert place.exists() == own
-        monkeypatch.undo()
-        monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine, SamplingParams=dict))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 100 << 30))
+    Garage(monkeypatch)
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", Slow)
+    peer = peers.Vllm(loaded, FULL, HostWatch(torch.device("cpu"), now), lambda: Path("there"))
+    peer.ready(Job(Case(2, 8, 5), torch.ones(2, 8, dtype=torch.long)))
+    assert peer.run(3, 4) == ([2000.0] * 3, [1000.0])
+    monkeypatch.setattr(Slow, "generate", lambda *given, **options: None)
+    with pytest.raises(UsageError) as error:
+        peer.run(1, 4)
+    assert str(error.value) == "texts of 5 tokens took no longer than their first one: ask for more new tokens"
+    assert asked[-4:] == [(2, 8, 1)] * 3 + [(2, 8, 5)]
+    options = asked[0]
+    assert (options["max_model_len"], options["max_num_seqs"], options["dtype"]) == (13, 2, "float32")
+    assert options["model"] == "there" and 0.06 < options["gpu_memory_utilization"] < 0.07
 
 
 # ── the device ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -118,13 +118,13 @@ class Outfit:
             ]
 
     @contextlib.contextmanager
-    def worn(self) -> Iterator[None]:
-        """The model with its edits, for the length of a `with` block."""
+    def worn(self, *, thin: bool = True) -> Iterator[None]:
+        """The model with its edits, for the length of a `with` block; its cut matrices whole if not `thin`."""
         with contextlib.ExitStack() as undo:
             for parameter, data in self._data:
                 undo.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = data
-            for module, forward in self._forwards:
+            for module, forward in self._forwards if thin else ():
                 undo.callback(_put_back, module, vars(module).get("forward"))
                 vars(module)["forward"] = forward
             yield

@@ -328,11 +328,10 @@ def ratios(bench: Bench, names: Mapping[str, str], part: Part = "tpot") -> Figur
         estimate = bench.ratio(timing, part)
         if estimate is None or (timing.recipe == bench.recipes[0].fingerprint and timing.how in OURS):
             continue
-        label = names[timing.recipe] if timing.how in OURS else timing.how
         rows.append(
             {
                 "panel": str(timing.case),
-                "label": label,
+                "label": bench.called(timing, names),
                 "value": estimate.value,
                 "low": estimate.low,
                 "high": estimate.high,
@@ -370,7 +369,7 @@ def throughput(bench: Bench, names: Mapping[str, str]) -> Figure:
     rows: list[Row] = [
         {
             "panel": f"prompts of {timing.case.context:,} tokens",
-            "series": names[timing.recipe] if timing.how in OURS else timing.how,
+            "series": bench.called(timing, names),
             "x": timing.case.batch,
             "y": timing.decode_rate,
             "low": None,

@@ -21,13 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from impasto import memory
+from impasto import checkpoint, memory
 from impasto.contenders import Contender, Fast, Job, Outfit, Plain, Ready, written
 from impasto.errors import ImpastoError, StoreError, UnsupportedModel, UsageError
 from impasto.evaluate import setting_of
 from impasto.hardware import Sensor, State, Watch, limits, machine, watch_of
 from impasto.models import DTYPES, LoadedModel
-from impasto.peers import peer
+from impasto.peers import Shelf, absent, peer
 from impasto.pieces import Compile
 from impasto.recipe import Recipe
 from impasto.schedule import Schedule
@@ -38,6 +38,7 @@ Mode = Literal["auto", "plain", "fast"]
 PREFILLS = 3  # how often a prompt is read in a round
 LONG = 65_536  # tokens of all prompts together from which once is enough
 KIND = "latency"  # of measurements in a store
+_SHOWN = 3  # recipes that a note names
 _BUILD = 3.0  # what getting ready counts for in the progress, in rounds
 
 Progress = Callable[[str, float], None]
@@ -83,7 +84,8 @@ def measure(
         contexts: lengths of the prompts, in tokens.
         new_tokens: tokens that every row makes, the first one included; at least 2.
         rounds: how often each contender has its turn in a case.
-        peers: "hf", "hf-compiled" and "vllm", which run the untouched model.
+        peers: "hf" and "hf-compiled", which run the untouched model, and "vllm", which also runs every recipe that can
+            be a plain checkpoint; the others are named in the notes.
         mode: "plain" for the plain runtime, "fast" for `impasto.fast`; "auto" is `fast` on a CUDA device, and the
             plain runtime elsewhere and where `fast` refuses.
         compile: let `fast` compile with torch's compiler on CUDA devices.
@@ -112,11 +114,13 @@ def measure(
     cuda = loaded.device.type == "cuda"
     own: How = "fast" if mode == "fast" or (mode == "auto" and cuda) else "plain"
     entries: list[tuple[Recipe, How]] = [(recipe, own) for recipe in chosen]
-    entries += [(untouched, name) for name in dict.fromkeys(peers)]
+    others, refused = _guests(loaded, chosen, tuple(dict.fromkeys(peers)))
+    entries += others
+    shelf = Shelf(loaded)
     run = _Run(
         bench=Bench(setting_of(loaded), chosen, machine=machine(loaded.device)),
         job=lambda case: Job.of(case, loaded, seed),
-        make=make or maker(loaded, watch, "inductor" if compile and cuda else "off"),
+        make=make or maker(loaded, watch, "inductor" if compile and cuda else "off", shelf),
         falls_back=mode == "auto",
         sensor=sensor or Sensor(loaded.device),
         rounds=rounds,
@@ -126,27 +130,29 @@ def measure(
     asked = list(cases(batch_sizes, contexts, new_tokens))
     try:
         run.aside("roofline of the device", "")
-        run.bench = replace(run.bench, roofline=_roofline(loaded, watch), notes=_notes(loaded, run.sensor, peers))
-        for number, case in enumerate(asked):
-            run.case(case, entries, number / len(asked), (number + 1) / len(asked))
+        notes = (*_notes(loaded, run.sensor), *refused)
+        run.bench = replace(run.bench, roofline=_roofline(loaded, watch), notes=notes)
+        with shelf:
+            for number, case in enumerate(asked):
+                run.case(case, entries, number / len(asked), (number + 1) / len(asked))
     except KeyboardInterrupt:
         run.bench = replace(run.bench, complete=False)
     return run.bench
 
 
-def maker(loaded: LoadedModel, watch: Watch, compile: Compile) -> Make:
+def maker(loaded: LoadedModel, watch: Watch, compile: Compile, shelf: Shelf) -> Make:
     """Makes the contenders of this package; edits are carried out once for each recipe, and kept."""
     outfits: dict[str, Outfit] = {}
 
     def make(recipe: Recipe, how: How) -> Contender:
-        if how not in ("plain", "fast"):
-            return peer(how, loaded, recipe, watch)
         if recipe.fingerprint not in outfits:
             outfits[recipe.fingerprint] = Outfit(loaded, recipe.edits)
         outfit = outfits[recipe.fingerprint]
         if how == "fast":
             return Fast(loaded, recipe, outfit, watch, compile)
-        return Plain(loaded, recipe, outfit, watch)
+        if how == "plain":
+            return Plain(loaded, recipe, outfit, watch)
+        return peer(how, loaded, recipe, watch, partial(shelf.place, recipe, outfit))
 
     return make
 
@@ -155,14 +161,41 @@ def _roofline(loaded: LoadedModel, watch: Watch) -> Roofline:
     return Roofline(**limits(loaded.device, DTYPES[loaded.setting.dtype], watch))
 
 
-def _notes(loaded: LoadedModel, sensor: Reads, peers: Sequence[How]) -> tuple[str, ...]:
+def _guests(
+    loaded: LoadedModel, recipes: Sequence[Recipe], peers: Sequence[How]
+) -> tuple[list[tuple[Recipe, How]], list[str]]:
+    """What the peers run, and why they do not run the other recipes; the first recipe is the untouched model.
+
+    A peer that cannot run here is asked for the untouched model all the same, so that its reason is told once.
+    """
+    untouched, *others = recipes
+    found: list[tuple[Recipe, How]] = []
+    reasons: dict[str, list[str]] = {}
+    for name in peers:
+        found.append((untouched, name))
+        if name != "vllm" or absent(name, loaded) is not None:
+            continue
+        for recipe in others:
+            reason = checkpoint.obstacle(loaded, recipe)
+            if reason is None:
+                found.append((recipe, name))
+            else:
+                reasons.setdefault(reason, []).append(str(recipe))
+    return found, [f"vLLM does not run {_listed(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few of several schedules."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return "; ".join(names[:_SHOWN]) + more
+
+
+def _notes(loaded: LoadedModel, sensor: Reads) -> tuple[str, ...]:
     notes = []
     if sensor.read() is None:
         notes.append("no clocks and temperatures: no driver of an NVIDIA device answers here")
     if loaded.device.type != "cuda":
         notes.append(f"no peak memory: a {loaded.device.type} device keeps no count of it")
-    if "vllm" in peers:
-        notes.append("vLLM runs the untouched model only: recipes are not exported to checkpoints")
     return tuple(notes)
 
 
@@ -248,8 +281,9 @@ class _Run:
 
     def squad(self, job: Job, squad: Sequence[_Entry], tell: Callable[[float], None]) -> None:
         """Make these ready, and let them run in turns."""
+        names = {recipe.fingerprint: str(recipe) for recipe in self.bench.recipes}
         for entry in squad:
-            self.aside(str(job.case), f"getting {_name(entry)} ready")
+            self.aside(str(job.case), f"getting {self.bench.called(entry.timing(job.case), names)} ready")
             self.guarded(entry, squad, partial(self.build, entry, job))
             tell(_BUILD)
         steps = job.case.new_tokens - 1
@@ -319,10 +353,6 @@ def _squads(entries: Sequence[_Entry]) -> Any:
                 continue
             entry.crowded, entry.problem = False, None
             yield [*company, entry]
-
-
-def _name(entry: _Entry) -> str:
-    return entry.how if entry.how not in ("plain", "fast") else str(entry.recipe)
 
 
 def _said(problem: Exception) -> str:

@@ -163,7 +163,7 @@ def load(
     placed = _placement(device_map, max_memory, offload_folder, tp_plan)
     place = _find(name, progress, notice)
     folder: Path | str
-    with _quiet():
+    with quiet():
         if isinstance(place, Path) and place.is_file():
             weights = _file_hash(place, progress)
             folder, source, native = _from_gguf(place, weights, progress), f"GGUF file {place.name}", "bfloat16"
@@ -579,7 +579,7 @@ def _module_hash(model: Any) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' and the hub client's progress bars, log lines and warnings, and restore them."""
     from logging import getLogger
 

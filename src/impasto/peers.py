@@ -1,12 +1,17 @@
-"""Other ways to run the untouched model, timed beside impasto's: `generate` of transformers, and vLLM."""
+"""Other ways to run a model, timed beside impasto's: `generate` of transformers, and vLLM.
+
+`generate` runs the untouched model. vLLM runs that too, and every recipe that can be a plain checkpoint.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +20,103 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
+from impasto import memory
 from impasto.anatomy import heads, quietly
-from impasto.contenders import Contender, Job, Ready, written
-from impasto.errors import UsageError
+from impasto.checkpoint import nbytes, write
+from impasto.contenders import Contender, Job, Outfit, Ready, written
+from impasto.errors import UnsupportedModel, UsageError
 from impasto.hardware import Watch, peak_memory
 from impasto.models import LoadedModel
 from impasto.recipe import Recipe
+from impasto.schedule import Schedule
 from impasto.timings import How
 
 PEERS: tuple[How, ...] = ("hf", "hf-compiled", "vllm")
 _SPARE = 6 << 30  # bytes that vLLM gets beyond weights and keys, for its activations and graphs
 
 
-def peer(name: How, loaded: LoadedModel, recipe: Recipe, watch: Watch) -> Contender:
-    """The peer of a name, for the untouched model `recipe`.
+def absent(name: How, loaded: LoadedModel) -> str | None:
+    """Why a peer cannot run here; None where it can."""
+    if name != "vllm":
+        return None
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    if loaded.device.type != "cuda":
+        return "vLLM runs beside impasto on CUDA devices only"
+    return None
+
+
+def peer(name: How, loaded: LoadedModel, recipe: Recipe, watch: Watch, place: Callable[[], Path]) -> Contender:
+    """The peer of a name.
+
+    Args:
+        name: one of `PEERS`.
+        loaded: the model.
+        recipe: what to run; the untouched model for all but vLLM.
+        watch: the device's time.
+        place: gives a folder with the recipe as a plain checkpoint, for peers that read folders.
 
     Raises:
-        UsageError: no such peer, or a package that is not installed.
+        UsageError: no such peer, or one that cannot run here.
     """
-    if name == "vllm":
-        if importlib.util.find_spec("vllm") is None:
-            raise UsageError("vLLM is not installed")
-        return Vllm(loaded, recipe, watch)
     if name not in PEERS:
         raise UsageError(f"a peer is one of {', '.join(PEERS)}, not {name!r}")
+    if (reason := absent(name, loaded)) is not None:
+        raise UsageError(reason)
+    if name == "vllm":
+        return Vllm(loaded, recipe, watch, place)
     return Generate(loaded, recipe, watch, name)
+
+
+class Shelf:
+    """Plain checkpoints of recipes, for peers that read folders: each is written when it is first asked for.
+
+    They stay until the shelf is left, so that several cases, and engines that run side by side, read one folder.
+
+        with Shelf(loaded) as shelf:
+            shelf.place(recipe, outfit)
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self._undo = contextlib.ExitStack()
+        self._places: dict[str, Path] = {}
+        self._refused: dict[str, str] = {}
+
+    def __enter__(self) -> Shelf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._places.clear()
+        self._undo.close()
+
+    def place(self, recipe: Recipe, outfit: Outfit) -> Path:
+        """The recipe's folder; of the untouched model the one that it came from, if transformers can read that.
+
+        Args:
+            recipe: what the folder holds.
+            outfit: its edits, carried out.
+
+        Raises:
+            UnsupportedModel: the recipe cannot be a plain checkpoint; found once, and remembered.
+            StoreError: there is no room for it.
+        """
+        name = recipe.fingerprint
+        own = Path(self.loaded.name)
+        untouched = recipe.schedule == Schedule.identity(self.loaded.layers) and not recipe.edits
+        if untouched and (own / "config.json").is_file():
+            return own
+        if name in self._refused:
+            raise UnsupportedModel(self._refused[name])
+        if name not in self._places:
+            folder = Path(self._undo.enter_context(tempfile.TemporaryDirectory()))
+            try:
+                with outfit.worn(thin=False):
+                    self._places[name] = write(self.loaded, replace(recipe, edits=()), folder)
+            except UnsupportedModel as problem:
+                self._refused[name] = str(problem)  # the error itself holds the model that it was found with
+                raise
+        return self._places[name]
 
 
 class _Marks(StoppingCriteria):  # type: ignore[misc]
@@ -118,39 +195,45 @@ class Generate:
 
 
 class Vllm:
-    """vLLM's offline engine on the untouched weights, in a process that it starts itself.
+    """vLLM's offline engine on a plain checkpoint of the recipe, in a process that it starts itself.
 
-    It gives whole answers only, so TPOT is the mean over a text: what the text takes beyond its first token.
+    It gives whole answers only, so TPOT is the mean over a text: what the text takes beyond its first token. Several
+    engines may be alive on one device: the share of memory that one is given is its own (vLLM counts what it allocates
+    itself, and refuses to start if less is free), so each asks for what its recipe needs in this case.
+
+    Args:
+        loaded: the model.
+        recipe: what to run.
+        watch: the device's time.
+        place: gives the checkpoint's folder.
     """
 
     how: How = "vllm"
 
-    def __init__(self, loaded: LoadedModel, recipe: Recipe, watch: Watch) -> None:
-        if loaded.device.type != "cuda":
-            raise UsageError("vLLM runs beside impasto on CUDA devices only")
+    def __init__(self, loaded: LoadedModel, recipe: Recipe, watch: Watch, place: Callable[[], Path]) -> None:
         self.loaded = loaded
         self.recipe = recipe
         self.watch = watch
+        self._place = place
         self._engine: Any = None
-        self._folder = contextlib.ExitStack()
 
     def ready(self, job: Job) -> Ready:
-        """Start the engine on the weights, with memory for this case, and run it twice."""
+        """Write the checkpoint, start the engine on it, with memory for this case, and run it twice."""
         from vllm import LLM  # type: ignore[import-not-found]
 
         began = time.perf_counter()
         self.job, case = job, job.case
-        found = heads(self.loaded.model)
-        column = 2 * found.keys * found.width * self.loaded.layers * next(self.loaded.model.parameters()).element_size()
-        columns = case.batch * (case.context + case.new_tokens)
-        weights = sum(p.nbytes for p in self.loaded.model.parameters())
+        folder = self._place()
+        there = time.perf_counter()
+        gc.collect()  # what the checkpoint was checked with
+        memory.free()
         free, whole = torch.cuda.mem_get_info(self.loaded.device)
-        need = weights + 1.2 * column * columns + _SPARE
+        need = self._need(job)
         if need > 0.95 * free:
             raise torch.OutOfMemoryError(f"out of memory: vLLM needs about {need / 1e9:.1f} GB")
         with _silent():
             self._engine = LLM(
-                model=str(self._checkpoint()),
+                model=str(folder),
                 skip_tokenizer_init=True,
                 dtype=self.loaded.setting.dtype,
                 max_model_len=case.context + case.new_tokens,
@@ -161,30 +244,33 @@ class Vllm:
             )
         for _ in range(2):
             self.run(1, case.new_tokens - 1)
-        return Ready(
-            {"start": time.perf_counter() - began},
-            notes=("vllm: TPOT is a mean over each text",),
-        )
+        notes = ["vllm: TPOT is a mean over each text"]
+        if self.recipe.edits:
+            notes.append("vllm: matrices that edits cut are whole in a checkpoint, and take their full time")
+        build = {"checkpoint": there - began, "start": time.perf_counter() - there}
+        return Ready(build, notes=tuple(notes))
+
+    def _need(self, job: Job) -> float:
+        """Bytes for the weights, for keys and values of every layer call, and to spare."""
+        found, case = heads(self.loaded.model), job.case
+        number: int = next(self.loaded.model.parameters()).element_size()
+        column = 2 * found.keys * found.width * self.recipe.schedule.calls * number
+        columns = case.batch * (case.context + case.new_tokens)
+        return nbytes(self.loaded, self.recipe.schedule) + 1.2 * column * columns + _SPARE
 
     def run(self, prefills: int, steps: int) -> tuple[list[float], list[float]]:
         """Texts of one token, and then one of all."""
         ttft = [self._seconds(1) for _ in range(max(prefills, 1))]
-        whole = self._seconds(steps + 1)
-        return ttft, [(whole - sorted(ttft)[len(ttft) // 2]) / steps]
+        beyond = self._seconds(steps + 1) - sorted(ttft)[len(ttft) // 2]
+        if beyond <= 0:
+            raise UsageError(
+                f"texts of {steps + 1} tokens took no longer than their first one: ask for more new tokens"
+            )
+        return ttft, [beyond / steps]
 
     def close(self) -> None:
-        """Stop the engine and remove the checkpoint that was written for it."""
+        """Stop the engine."""
         self._engine = None
-        self._folder.close()
-
-    def _checkpoint(self) -> Path | str:
-        """A folder with the weights as transformers writes them; the one they came from, if it is such a folder."""
-        own = Path(self.loaded.name)
-        if (own / "config.json").is_file():
-            return own
-        folder = self._folder.enter_context(tempfile.TemporaryDirectory())
-        self.loaded.model.save_pretrained(folder)
-        return folder
 
     def _seconds(self, tokens: int) -> float:
         """Milliseconds of texts of so many tokens, one per row."""

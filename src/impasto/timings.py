@@ -155,7 +155,8 @@ class Timing:
 
     Attributes:
         recipe: fingerprint.
-        how: "plain" and "fast" are impasto's; "hf", "hf-compiled" and "vllm" run the untouched model elsewhere.
+        how: "plain" and "fast" are impasto's; "hf" and "hf-compiled" run the untouched model elsewhere, and "vllm"
+            also recipes that can be plain checkpoints.
         case: what was asked.
         rounds: every sample; empty where there is a problem.
         memory: bytes needed at the most, the recipe's own weights and building included; None where it is not known.
@@ -237,8 +238,24 @@ class Bench:
         first = self.recipes[0].fingerprint
         return next((t for t in self.of(case) if t.recipe == first and t.how in OURS and t.rounds), None)
 
+    def called(self, timing: Timing, names: Mapping[str, str]) -> str:
+        """What tables and figures call a contender.
+
+        A recipe by its name; one that a peer runs as `A (vllm)`; and the untouched model under a peer as the peer.
+
+        Args:
+            timing: whose.
+            names: of the recipes, by fingerprint.
+        """
+        if timing.how in OURS:
+            return names[timing.recipe]
+        return timing.how if timing.recipe == self.recipes[0].fingerprint else f"{names[timing.recipe]} ({timing.how})"
+
     def ratio(self, timing: Timing, part: Part = "tpot") -> Estimate | None:
-        """How many times as long as the untouched model this takes; None where the two never ran in one round."""
+        """How many times as long this takes as the untouched model run by impasto, whoever runs this.
+
+        None where the two never ran in one round.
+        """
         base = self.baseline(timing.case)
         return None if base is None else ratio(timing.rounds, base.rounds, part)
 

@@ -81,7 +81,7 @@ def bench(
         typer.Option(
             metavar="NAMES",
             rich_help_panel=_TIMING,
-            help="Other ways to run the untouched model: hf, hf-compiled, vllm; or none.",
+            help="Other ways to run the model: hf, hf-compiled, vllm (schedules too); or none.",
         ),
     ] = "hf",
     mode: Annotated[
@@ -233,11 +233,10 @@ def problems(bench: Bench, case: Case) -> list[str]:
 
 def _title(bench: Bench, timing: Timing) -> str:
     """What a line is called: the recipe's letter, or the peer's name; and how it ran, if not as the untouched model."""
-    if timing.how not in OWN:
-        return timing.how
+    name = bench.called(timing, named(bench))
     base = bench.baseline(timing.case)
-    name = named(bench)[timing.recipe]
-    return name if base is None or base.how == timing.how else f"{name} ({timing.how})"
+    same = timing.how not in OWN or base is None or base.how == timing.how
+    return name if same else f"{name} ({timing.how})"
 
 
 def _line(bench: Bench, timing: Timing) -> tuple[object, ...]:
