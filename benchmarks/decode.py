@@ -440,8 +440,8 @@ class Run:
         self.chosen.output.write_text(json.dumps(self.found, indent=1))
 
     @contextlib.contextmanager
-    def part(self, where: dict[str, Any], name: str) -> Iterator[None]:
-        """Record what goes wrong inside instead of ending the run."""
+    def part(self, where: dict[str, Any], name: str, builds: bool = True) -> Iterator[None]:
+        """Record what goes wrong inside instead of ending the run; behind what builds, memory is freed."""
         print(f"[{self.spent:6.1f} s] {name}", flush=True)
         try:
             yield
@@ -454,9 +454,10 @@ class Run:
                 "trace": traceback.format_exc()[-3000:],
             }
             print(f"  FAILED {type(problem).__name__}: {str(problem)[:400]}", flush=True)
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+        if builds:
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
         self.save()
 
     def shape(self, shape: str) -> None:
@@ -494,7 +495,7 @@ class Run:
         for number in range(chosen.rounds):
             here["clocks"].append(clocks())
             for variant in ready:
-                with self.part(here["failures"], f"round {number} {variant.name}"):
+                with self.part(here["failures"], f"round {number} {variant.name}", builds=False):
                     self.still()
                     samples = variant.measure(chosen.steps)
                     here["variants"][variant.name].setdefault("samples", []).extend(samples)
@@ -502,7 +503,7 @@ class Run:
         if chosen.profile and CUDA:
             for variant in ready:
                 if isinstance(variant, Ours):
-                    with self.part(here["failures"], f"profile {variant.name}"):
+                    with self.part(here["failures"], f"profile {variant.name}", builds=False):
                         self.still()
                         rows = here["variants"][variant.name]["kernels"] = profile(variant)
                         for row in rows[: chosen.profile]:

@@ -1,5 +1,7 @@
 """How a program of `impasto.streaming.multiply` should read: every choice of outputs, block and warps, for each shape.
 
+With one matrix per lane, and for shapes of a gate (more outputs than columns) with two, one of which gates the other.
+
     python benchmarks/products.py --output products.json
 
 Times are those of `triton.testing.do_bench`, which clears the cache before every call, as a step does that reads a
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +46,45 @@ def main() -> None:
     chosen = parser.parse_args()
     found: dict[str, Any] = {"machine": machine(torch.device("cuda")), "unit": "milliseconds", "shapes": {}}
     for shape in SHAPES:
-        lanes, outputs, columns = shape
-        row, matrix = (torch.randn(size, device="cuda").bfloat16() for size in ((lanes, columns), shape))
-        out = torch.empty(lanes, outputs, device="cuda", dtype=torch.bfloat16)
-        here: dict[str, Any] = {"bmm": timed(lambda: torch.bmm(matrix, row[:, :, None]))}  # noqa: B023
-        for each, block, warps in CHOICES:
-            if block > 2 * columns:
-                continue
-
-            def call(each: int = each, block: int = block, warps: int = warps) -> None:
-                streaming._multiply[triton.cdiv(outputs, each), lanes](  # noqa: B023
-                    row, *[matrix] * 3, *[row] * 3, *[out] * 3, outputs, outputs, outputs,  # noqa: B023
-                    row.stride(0), *matrix.stride()[:2], 0,  # noqa: B023
-                    COUNT=1, COLUMNS=columns, BIAS=False, ROWS=each, BLOCK=block, num_warps=warps,  # noqa: B023
-                )  # fmt: skip
-
-            here[f"{each} outputs, {block} columns, {warps} warps"] = timed(call)
-        here["as it is"] = timed(lambda: streaming.multiply(row, [matrix], []))  # noqa: B023
-        found["shapes"]["x".join(map(str, shape))] = here
+        found["shapes"]["x".join(map(str, shape))] = one = tried(shape, gated=False)
         chosen.output.write_text(json.dumps(found, indent=1))
-        best = sorted((samples[len(samples) // 2], name) for name, samples in here.items())
-        print(f"{shape}, {matrix.nbytes / 1e6:.0f} MB")
-        for time, name in best[:6]:
-            print(f"  {time * 1e3:7.1f} us  {matrix.nbytes / time / 1e9:5.2f} TB/s  {name}", flush=True)
+        show(f"{shape}", one, math.prod(shape) * 2)
+        if shape[1] > shape[2] and shape[1] < 10 * shape[2]:
+            found["shapes"]["x".join(map(str, shape)) + ", gated"] = two = tried(shape, gated=True)
+            chosen.output.write_text(json.dumps(found, indent=1))
+            show(f"{shape}, gated", two, math.prod(shape) * 4)
+
+
+def tried(shape: tuple[int, int, int], gated: bool) -> dict[str, list[float]]:
+    """Milliseconds of every choice, of the library, and of the kernel as it is."""
+    lanes, outputs, columns = shape
+    row = torch.randn(lanes, columns, device="cuda").bfloat16()
+    matrices = [torch.randn(shape, device="cuda").bfloat16() for _ in range(1 + gated)]
+    out = torch.empty(lanes, outputs, device="cuda", dtype=torch.bfloat16)
+    found = {"bmm": timed(lambda: [torch.bmm(matrix, row[:, :, None]) for matrix in matrices])}
+    for each, block, warps in CHOICES:
+        if block > 2 * columns:
+            continue
+
+        def call(each: int = each, block: int = block, warps: int = warps) -> None:
+            streaming._multiply[triton.cdiv(outputs, each), lanes](
+                row, matrices[0], matrices[-1], matrices[0], *[row] * 3, *[out] * 3, outputs, outputs, outputs,
+                row.stride(0), *matrices[0].stride()[:2], 0, COUNT=len(matrices), COLUMNS=columns, BIAS=False,
+                ROWS=each, BLOCK=block, GATE=int(gated), num_warps=warps,
+            )  # fmt: skip
+
+        found[f"{each} outputs, {block} columns, {warps} warps"] = timed(call)
+    gate = streaming.ACTIVATIONS[0] if gated else None
+    found["as it is"] = timed(lambda: streaming.multiply(row, matrices, [], gate))
+    return found
+
+
+def show(name: str, found: dict[str, list[float]], nbytes: int) -> None:
+    """The fastest choices."""
+    best = sorted((samples[len(samples) // 2], choice) for choice, samples in found.items())
+    print(f"{name}, {nbytes / 1e6:.0f} MB")
+    for time, choice in best[:6]:
+        print(f"  {time * 1e3:7.1f} us  {nbytes / time / 1e9:5.2f} TB/s  {choice}", flush=True)
 
 
 def timed(call: Any) -> list[float]:

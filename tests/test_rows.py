@@ -182,6 +182,7 @@ def test_operations_are_what_they_say() -> None:
     torch.library.opcheck(rows.attend, (query, key.mT.contiguous().mT, value, mask, 0.3), test_utils=checks)
     torch.library.opcheck(rows.multiply, (row, matrix, torch.randn(3, 7)), test_utils=checks)
     torch.library.opcheck(rows.multiply_several, (row, [matrix, matrix[:, :2]], []), test_utils=checks)
+    torch.library.opcheck(rows.multiply_gated, (row, matrix, matrix + 1, None, None, "silu"), test_utils=checks)
 
 
 def test_in_double_precision() -> None:
@@ -317,6 +318,79 @@ def test_products_of_one_row_become_one_operation_where_a_matrix_is_large(bias: 
     assert places(region.graph).count("impasto.multiply.default") == 5
 
 
+class Gate(torch.nn.Module):
+    """Two products of a row, one of which gates the other."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], bias: bool = False, case: str = "") -> None:
+        super().__init__()
+        self.gate, self.up = (torch.nn.Linear(16, 24, bias=bias) for _ in range(2))
+        self.down = torch.nn.Linear(24, 16, bias=bias)
+        self.activation, self.case = activation, case
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        gate, up = self.gate(x), self.up(x)
+        active = self.activation(gate)
+        others = {"the gate is read again": gate, "what is active is read again": active, "the product is": up}
+        hidden = up * active if self.case == "the other way round" else active * up
+        if self.case == "one for all":
+            hidden = active * up[..., :1]
+        return [self.down(hidden) + x, *[x for name, x in others.items() if name == self.case]]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("activation", rows.ACTIVATIONS)
+def test_a_gate_its_activation_and_what_it_gates_become_one_operation(
+    activation: str, mapped: bool, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    parts = [Gate(rows.ACTIVATIONS[activation], bias) for _ in range(3 if mapped else 1)]
+    rows_in = torch.randn(len(parts), 1, 1, 16)
+    with torch.no_grad():
+        each = [regions.trace(part, [rows_in[0]]) for part in parts]
+        region, constants = each[0], each[0].constants
+        if mapped:
+            constants = tuple(torch.stack(column) for column in zip(*[one.constants for one in each], strict=True))
+            region = regions.trace(lambda *all: list(torch.vmap(each[0].graph)(*all)), [*constants, rows_in])
+        made = regions.lowered(region.graph, lambda matrices: True)
+        got = made(*constants, rows_in if mapped else rows_in[0])[0]
+        for lane, part in enumerate(parts):
+            torch.testing.assert_close(got[lane] if mapped else got, part(rows_in[lane])[0])
+    (node,) = (node for node in made.graph.nodes if str(node.target) == "impasto.multiply_gated.default")
+    assert node.args[-1] == activation
+    assert "impasto.multiply_several.default" not in places(made)
+    assert "impasto.multiply_gated.default" not in places(regions.lowered(region.graph))  # small matrices stay sums
+
+
+@pytest.mark.parametrize(
+    ("case", "one"),
+    [
+        ("the other way round", True),
+        ("the gate is read again", False),
+        ("what is active is read again", False),
+        ("the product is", False),
+        ("one for all", False),
+    ],
+)
+def test_a_gate_of_which_something_else_is_made_stays(case: str, one: bool) -> None:
+    part, row = Gate(F.silu, case=case), torch.randn(1, 1, 16)
+    with torch.no_grad():
+        region = regions.trace(part, [row])
+        made = regions.lowered(region.graph, lambda matrices: True)
+        for x, y in zip(made(*region.constants, row), part(row), strict=True):
+            torch.testing.assert_close(x, y)
+    assert ("impasto.multiply_gated.default" in places(made)) == one
+
+
+def test_an_activation_that_no_kernel_knows_stays() -> None:
+    part, row = Gate(torch.tanh), torch.randn(1, 1, 16)
+    with torch.no_grad():
+        region = regions.trace(part, [row])
+        made = regions.lowered(region.graph, lambda matrices: True)
+        torch.testing.assert_close(made(*region.constants, row)[0], part(row)[0])
+    assert "impasto.multiply_several.default" in places(made)
+
+
 @pytest.mark.gpu
 @CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -348,3 +422,23 @@ def test_kernels_of_products(outputs: tuple[int, ...], columns: int, bias: bool,
     for i, product in enumerate(streaming.multiply(row, matrices, biases)):
         wanted = (row[:, None].double() * matrices[i].double()).sum(-1) + (biases[i].double() if bias else 0)
         assert float((product.double() - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "bias"), [((12, 37, 100), True), ((3, 4864, 896), False), ((2, 1000, 4096), True)])
+@pytest.mark.parametrize("activation", rows.ACTIVATIONS)
+def test_kernels_of_gates(activation: str, shape: tuple[int, int, int], bias: bool, dtype: torch.dtype) -> None:
+    from impasto import streaming
+
+    torch.manual_seed(0)
+    row = torch.randn(shape[0], shape[2], device="cuda").to(dtype)
+    matrices = [torch.randn(shape, device="cuda").div(shape[2] ** 0.5).to(dtype) for _ in range(2)]
+    biases = [torch.randn(shape[:2], device="cuda").to(dtype) for _ in range(2)] if bias else []
+    (got,) = streaming.multiply(row, matrices, biases, activation)
+    gate, other = (
+        (row[:, None].double() * matrices[i].double()).sum(-1) + (biases[i].double() if bias else 0) for i in range(2)
+    )
+    wanted = rows.ACTIVATIONS[activation](gate) * other
+    assert float((got.double() - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 PROGRAMS = 264  # of attention that keep a large GPU busy: twice its multiprocessors
-SHORT = 32  # columns of a part, where there are few rows
+MANY = 8 * PROGRAMS  # of them are more than it begins at once
+SHORT = 32  # columns of a part, where that makes no more programs than these
 BLOCK = 64  # columns that a program reads at once, and those of a part, where there are many rows
 PARTS = 128  # of a row's columns, at most
 FITS = ((BLOCK, 3), (32, 3), (16, 3), (16, 1))  # columns at once and stages of loading; later ones need less memory
@@ -43,7 +44,7 @@ def _attend(  # type: ignore[no-untyped-def]
         query + text * query_row + head[:, None] * query_head + wide[None, :],
         mask=live[:, None] & (wide < WIDTH)[None, :],
         other=0.0,
-    ).to(tl.float32)
+    )
     peak = tl.full([PAIRS], -float("inf"), tl.float32)
     mass = tl.zeros([PAIRS], tl.float32)
     total = tl.zeros([PAIRS, TALL], tl.float32)
@@ -78,7 +79,7 @@ def _attend(  # type: ignore[no-untyped-def]
         )
         if MASK == 1:  # what nobody sees may be anything, and 0 times anything is not always 0
             values = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], values, 0.0)
-        scores = tl.dot(asked, keys.to(tl.float32), input_precision=PRECISION) * scale + added
+        scores = tl.dot(asked, keys.to(asked.dtype), input_precision=PRECISION) * scale + added
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         anchor = tl.where(higher == -float("inf"), 0.0, higher)
@@ -127,7 +128,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     (batch, heads, _, width), (_, keys, columns, values) = query.shape, value.shape
     rows, shared = batch * keys, heads // keys
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    span = SHORT if rows * -(-columns // SHORT) <= PROGRAMS else BLOCK
+    programs = rows * -(-columns // SHORT)
+    span = SHORT if programs <= MANY else BLOCK
     span = max(span, -(-columns // PARTS))
     span += -span % 16
     parts = -(-columns // span)
@@ -141,15 +143,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         strides = (mask.stride(0), mask.stride(1), mask.stride(3))
         mask = mask.view(torch.uint8) if how == 1 else mask
     with torch.cuda.device(query.device):
-        for block, stages in FITS:
+        for most, stages in FITS:
+            block = min(most, _power(span))
+            read = block * max(_power(width), _power(values))
+            warps = 4 if programs <= PROGRAMS else min(max(read // 4096, 1), 4)  # where there are few, each has more
             with contextlib.suppress(OutOfResources):
                 _attend[rows, parts](
                     query, key, value, query if mask is None else mask, mixed, peaks, masses,
                     heads, shared, columns, span, masks, scale,
                     query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], *strides,
                     WIDTH=width, VALUES=values, WIDE=_power(width), TALL=_power(values), PAIRS=_power(shared),
-                    BLOCK=min(block, _power(span)), ONCE=span <= block, MASK=how,
-                    PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages,
+                    BLOCK=block, ONCE=span <= block, MASK=how,
+                    PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages, num_warps=warps,
                 )  # fmt: skip
                 break
         else:
