@@ -105,7 +105,7 @@ def test_a_checkpoint_computes_what_its_recipe_computes(family: str, tmp_path: P
     assert torch.equal(logits(model.model, family), before)
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layers=st.lists(st.integers(0, families.DEPTH - 1), min_size=1, max_size=9))
 def test_any_series_is_a_checkpoint(layers: list[int], tmp_path: Path) -> None:
     """Also of layers that differ in their window, and in whether they turn by position."""
