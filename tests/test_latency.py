@@ -621,9 +621,11 @@ class Engine:
         garage.texts.append([])
         self.model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=options["dtype"])
         assert options["skip_tokenizer_init"] and not options["enable_prefix_caching"]
+        core = types.SimpleNamespace(shutdown=lambda: garage.alive.pop(self))
+        self.llm_engine = types.SimpleNamespace(engine_core=core)
 
     def generate(self, prompts: Any, sampling: Any, use_tqdm: bool) -> None:
-        assert sampling["ignore_eos"] and sampling["min_tokens"] == sampling["max_tokens"] and not use_tqdm
+        assert sampling["ignore_eos"] and "min_tokens" not in sampling and not use_tqdm
         ids = torch.tensor([prompt["prompt_token_ids"] for prompt in prompts])
         length = ids.shape[1]
         assert len(ids) <= self.garage.options[self.number]["max_num_seqs"]
@@ -698,6 +700,7 @@ def test_engines_share_a_device_and_each_asks_for_what_its_recipe_needs(
 ) -> None:
     monkeypatch.setattr(peers, "absent", lambda name, loaded: None)
     monkeypatch.setattr(peers, "_SPARE", 0)
+    monkeypatch.setattr(peers, "_PROCESS", 0)
     garage, case = Garage(monkeypatch, 0.01), Case(2, 8, 5)
     job = Job.of(case, loaded)
     long = Recipe.of("tiny", "0:4 0:4", layers=LAYERS)
@@ -718,7 +721,7 @@ def test_engines_share_a_device_and_each_asks_for_what_its_recipe_needs(
         assert asked[0] - asked[1] == pytest.approx(layer + keys)
         assert asked[2] - asked[0] == pytest.approx(4 * (layer + keys))
         assert list(garage.alive.values()) == [pytest.approx(asked[0])]
-        garage.memory = asked[0] + 1.01 * asked[1]  # beside the first there is room for less than another
+        garage.memory = asked[0] + 0.99 * asked[1]  # beside the first there is room for less than another
         engine = peers.peer(
             "vllm",
             loaded,
@@ -806,8 +809,40 @@ def test_why_vllm_cannot_run_here(loaded: LoadedModel, monkeypatch: pytest.Monke
     Garage(monkeypatch)
     with pytest.raises(UsageError, match="vLLM runs beside impasto on CUDA devices only"):
         peers.peer("vllm", loaded, FULL, ticking(loaded), nowhere)
-    monkeypatch.setattr(LoadedModel, "device", torch.device("cuda"))
-    assert peers.absent("vllm", loaded) is None
+    for device in ("cuda", "cuda:0"):
+        monkeypatch.setattr(LoadedModel, "device", torch.device(device))
+        assert peers.absent("vllm", loaded) is None
+    monkeypatch.setattr(LoadedModel, "device", torch.device("cuda:1"))
+    reason = "vLLM runs on the first GPU, and the model is on cuda:1: choose one by CUDA_VISIBLE_DEVICES"
+    assert peers.absent("vllm", loaded) == reason
+
+
+def test_an_engine_stops_when_it_is_closed_whoever_still_holds_it(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tiny_folder(tmp_path / "tiny", layers=LAYERS)
+    garage, job = Garage(monkeypatch), Job.of(Case(1, 8, 3), loaded)
+    engine = peers.Vllm(loaded, FULL, HostWatch(loaded.device, garage.clock), lambda: folder)
+    engine.close()
+    engine.ready(job)
+    held = engine._engine
+    engine.close()
+    assert held is not None and not garage.alive
+    engine.close()
+    engine.ready(job)
+    engine._engine.llm_engine = None  # of a version that keeps it elsewhere: collecting it must do
+    engine.close()
+    del held
+    assert not garage.alive
+
+
+def test_an_engine_needs_room_for_its_process(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM looks how much is free, its own process has taken some: the share alone is not enough."""
+    garage = Garage(monkeypatch, 7.0)  # 6.44 to spare, and 1.07 for the process
+    engine = peers.Vllm(loaded, FULL, HostWatch(loaded.device, garage.clock), lambda: Path("there"))
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: vLLM needs about 6\.4 GB"):
+        engine.ready(Job.of(Case(1, 8, 3), loaded))
+    assert not garage.options
 
 
 def test_vllms_times_are_those_of_whole_texts(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from impasto.anatomy import Anatomy, anatomy, input_device, probe_inputs, quietly, split, text_config
 from impasto.apply import worn
@@ -81,10 +82,10 @@ def write(loaded: LoadedModel, recipe: Recipe, folder: str | Path) -> Path:
     Edits are carried out, and stand in the checkpoint as whole matrices of lower rank. A layer that runs twice is there
     twice. Weights that the model ties stay tied.
 
-    The folder appears whole or not at all. What was written is loaded again on the model's device, so there are two
-    models for a moment, and its logits for a few tokens must be the recipe's; where layers differ in their sliding
-    window, for more tokens than that, up to `LONG`. Off by `CLOSE` of the largest logit is equal in float32, and by
-    `HALF` times the dtype's precision in narrower ones.
+    The folder is filled at the end or not at all, its config last. What was written is loaded again on the model's
+    device, so there are two models for a moment, and its logits for a few tokens must be the recipe's; where layers
+    differ in their sliding window, for more tokens than that, up to `LONG`. Off by `CLOSE` of the largest logit is
+    equal in float32, and by `HALF` times the dtype's precision in narrower ones.
 
     Args:
         loaded: the model; it is changed while this runs, and then as before.
@@ -111,17 +112,11 @@ def write(loaded: LoadedModel, recipe: Recipe, folder: str | Path) -> Path:
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"there is something in {folder} already: a checkpoint needs a folder of its own")
-        parent = folder.resolve().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        _check_room(parent, nbytes(loaded, recipe.schedule))
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as staging:
-            made = Path(staging) / "checkpoint"
+        with _filled(folder) as draft:
+            _check_room(folder, nbytes(loaded, recipe.schedule))
             with worn(loaded, recipe.edits) if recipe.edits else contextlib.nullcontext():
-                _save(loaded, plan, made)
-                _verify(loaded, recipe, made)
-            if folder.exists():
-                folder.rmdir()
-            made.replace(folder)
+                _save(loaded, plan, draft)
+                _verify(loaded, recipe, draft)
     except OSError as problem:
         raise StoreError(f"cannot write {folder}: {problem.strerror or problem}") from problem
     except SafetensorError as problem:
@@ -268,9 +263,10 @@ def _unlike(made: nn.Module, new: int, origin: nn.Module, old: int) -> str | Non
     for name, module in ours.items():
         here, there = _facts(module), _facts(theirs[name])
         for key in sorted(here.keys() | there.keys()):
-            pair = (here.get(key), there.get(key))
-            if pair[0] != pair[1] and pair != (new, old):
-                return f"{'.'.join(filter(None, (name, key)))} is {pair[0]!r} and not {pair[1]!r}"
+            mine, its = here.get(key), there.get(key)
+            number = type(mine) is type(its) is int and (mine, its) == (new, old)  # False and True are none
+            if mine != its and not number:
+                return f"{'.'.join(filter(None, (name, key)))} is {mine!r} and not {its!r}"
     return None
 
 
@@ -285,6 +281,23 @@ def _facts(module: nn.Module) -> dict[str, Any]:
 
 
 # What is written ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _filled(folder: Path) -> Iterator[Path]:
+    """A place for what a folder is to hold: inside of it, so on its disk. What is there at the end is moved up."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as draft:
+            yield Path(draft)
+            for part in sorted(Path(draft).iterdir(), key=lambda part: part.name == CONFIG_NAME):
+                part.replace(folder / part.name)
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # what went wrong matters more
+                folder.rmdir()
+        raise
 
 
 def _check_room(folder: Path, need: int) -> None:
@@ -310,11 +323,12 @@ def _save(loaded: LoadedModel, plan: _Plan, folder: Path) -> None:
         seen.add(origin)
     bare.load_state_dict(filled, assign=True)
     bare.tie_weights()
-    if getattr(model, "generation_config", None) is not None:
-        bare.generation_config = model.generation_config
+    settings = getattr(model, "generation_config", None)
     try:
         with quiet():
             bare.save_pretrained(folder)
+            if settings is not None:  # as they are: transformers runs some that it refuses to save
+                settings.to_json_file(folder / GENERATION_CONFIG_NAME)
             if loaded.tokenizer is not None:
                 loaded.tokenizer.save_pretrained(folder)
     except (RuntimeError, ValueError) as problem:
@@ -334,7 +348,11 @@ def _verify(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
     dtype = next(model.parameters()).dtype
     attention = getattr(model.config, "_attn_implementation", None)
     with quiet():
-        made = type(model).from_pretrained(folder, dtype=dtype, use_safetensors=True, attn_implementation=attention)
+        made, report = type(model).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation=attention, output_loading_info=True
+        )
+    if lost := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):  # also of what the probe skips
+        raise UnsupportedModel(f"transformers does not find {lost[0]} in what it saved of {type(model).__name__}")
     made = made.to(input_device(model)).eval()
     with quietly(made):
         found = _first(made(**inputs))

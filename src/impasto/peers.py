@@ -33,6 +33,7 @@ from impasto.timings import How
 
 PEERS: tuple[How, ...] = ("hf", "hf-compiled", "vllm")
 _SPARE = 6 << 30  # bytes that vLLM gets beyond weights and keys, for its activations and graphs
+_PROCESS = 1 << 30  # bytes that its process takes before it looks how much is free, at the most
 
 
 def absent(name: How, loaded: LoadedModel) -> str | None:
@@ -43,6 +44,8 @@ def absent(name: How, loaded: LoadedModel) -> str | None:
         return "vLLM is not installed"
     if loaded.device.type != "cuda":
         return "vLLM runs beside impasto on CUDA devices only"
+    if loaded.device.index:
+        return f"vLLM runs on the first GPU, and the model is on {loaded.device}: choose one by CUDA_VISIBLE_DEVICES"
     return None
 
 
@@ -229,7 +232,7 @@ class Vllm:
         memory.free()
         free, whole = torch.cuda.mem_get_info(self.loaded.device)
         need = self._need(job)
-        if need > 0.95 * free:
+        if need + _PROCESS > free:
             raise torch.OutOfMemoryError(f"out of memory: vLLM needs about {need / 1e9:.1f} GB")
         with _silent():
             self._engine = LLM(
@@ -269,15 +272,17 @@ class Vllm:
         return ttft, [beyond / steps]
 
     def close(self) -> None:
-        """Stop the engine."""
-        self._engine = None
+        """Stop the engine's process: its memory is free then, and not only when the engine is collected."""
+        engine, self._engine = self._engine, None
+        with contextlib.suppress(Exception):  # it was never there, is dead already, or ends when it is collected
+            engine.llm_engine.engine_core.shutdown()
 
     def _seconds(self, tokens: int) -> float:
         """Milliseconds of texts of so many tokens, one per row."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": row} for row in self.job.ids.tolist()]
-        asked = SamplingParams(temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False)
+        asked = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self.watch.wait()
         before = self.watch.mark()
         self._engine.generate(prompts, asked, use_tqdm=False)
