@@ -233,6 +233,7 @@ def _multiply(  # type: ignore[no-untyped-def]
             inner = 0.7978845608028654 * (result + 0.044715 * result * result * result)
             result = result * tl.sigmoid(2 * inner)
         else:
+            tl.static_assert(GATE == "relu")
             result = tl.where(result < 0, 0.0, result)  # a maximum would hide what is no number
         result = result.to(out.dtype.element_ty).to(tl.float32) * value
     tl.store(out + lane * outputs + output, result.to(out.dtype.element_ty), mask=there)
