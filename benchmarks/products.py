@@ -62,6 +62,7 @@ def tried(shape: tuple[int, int, int], gated: bool) -> dict[str, list[float]]:
     matrices = [torch.randn(shape, device="cuda").bfloat16() for _ in range(1 + gated)]
     out = torch.empty(lanes, outputs, device="cuda", dtype=torch.bfloat16)
     found = {"bmm": timed(lambda: [torch.bmm(matrix, row[:, :, None]) for matrix in matrices])}
+    gate = "silu" if gated else None
     for each, block, warps in CHOICES:
         if block > 2 * columns:
             continue
@@ -70,11 +71,10 @@ def tried(shape: tuple[int, int, int], gated: bool) -> dict[str, list[float]]:
             streaming._multiply[triton.cdiv(outputs, each), lanes](
                 row, matrices[0], matrices[-1], matrices[0], *[row] * 3, *[out] * 3, outputs, outputs, outputs,
                 row.stride(0), *matrices[0].stride()[:2], 0, COUNT=len(matrices), COLUMNS=columns, BIAS=False,
-                ROWS=each, BLOCK=block, GATE=int(gated), num_warps=warps,
+                ROWS=each, BLOCK=block, GATE=gate, num_warps=warps,
             )  # fmt: skip
 
         found[f"{each} outputs, {block} columns, {warps} warps"] = timed(call)
-    gate = streaming.ACTIVATIONS[0] if gated else None
     found["as it is"] = timed(lambda: streaming.multiply(row, matrices, [], gate))
     return found
 

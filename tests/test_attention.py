@@ -203,6 +203,32 @@ def test_names_are_put_back_also_behind_an_error(asked: list[tuple[int, ...]]) -
     assert [one._attn_implementation for one in (outer, outer.text_config, outer.vision_config)] == before
 
 
+def test_who_chose_another_attention_meanwhile_keeps_it() -> None:
+    model = families.build("llama")
+    found = configs(model)
+    model.set_attn_implementation("eager")
+    with shared(found):
+        assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager"
+
+
+def test_names_may_be_changed_inside_one_another() -> None:
+    config = families.config("llama")
+    config._attn_implementation = THEIRS
+    with shared([config]):
+        with shared([config]):
+            assert config._attn_implementation == OURS
+        assert config._attn_implementation == OURS
+    assert config._attn_implementation == THEIRS
+
+
+def test_gradients_are_left_to_transformers(asked: list[tuple[int, ...]]) -> None:
+    given, hidden = example(), mask("seen")
+    given[1].requires_grad_()
+    attention(*given, hidden)[0].sum().backward()
+    assert given[1].grad is not None and asked == []
+
+
 def test_a_config_of_several_modules_is_named_once() -> None:
     model = families.build("llama")
     assert configs(nn.ModuleList([model, nn.Linear(2, 2)])) == (model.config,)
@@ -243,10 +269,32 @@ class Choosing(Asking):
         return INTERFACE[self.config._attn_implementation](self, query, key, value, hidden)
 
 
+class Property(Asking):
+    """Asks for a name in a property."""
+
+    @property
+    def hides(self) -> bool:
+        return bool(self.config._attn_implementation == "sdpa")
+
+
+class Method(Asking):
+    """Asks for a name in a method of the class."""
+
+    @classmethod
+    def hides(cls, name: str) -> bool:
+        return name == "sdpa"
+
+
+class Listed(Asking):
+    """Asks for a name in a list."""
+
+    hiding = ("eager", "sdpa")
+
+
 def test_only_code_that_means_the_same_by_any_name_is_given_another() -> None:
     asking = Asking()
     assert configs(asking) == (asking.config,)
     assert configs(Overridden()) == ()
-    assert configs(Choosing()) == ()
+    assert all(configs(kind()) == () for kind in (Choosing, Property, Method, Listed))
     assert configs(nn.ModuleList([asking, Choosing()])) == ()
     assert configs(nn.Linear(2, 2)) == ()

@@ -382,6 +382,38 @@ def test_a_gate_of_which_something_else_is_made_stays(case: str, one: bool) -> N
     assert ("impasto.multiply_gated.default" in places(made)) == one
 
 
+BETWEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "the gate is written": lambda gate, up: F.silu(gate.mul_(2)) * up,
+    "what is active is written": lambda gate, up: F.silu(gate).add_(1) * up,
+    "it is written behind": lambda gate, up: F.silu(gate) * up + gate.zero_(),
+    "a part of it is written": lambda gate, up: (active := F.silu(gate), active[..., :1].zero_())[0] * up,
+    "the product is written": lambda gate, up: (up.view(24).add_(1), F.silu(gate) * up)[1],
+    "another type": lambda gate, up: F.silu(gate.double()).float() * up,
+    "another order": lambda gate, up: F.silu(gate.view(4, 6).T.reshape(1, 1, 24)) * up,
+    "by itself": lambda gate, up: F.relu(gate) * F.relu(gate) + up,
+    "by a number": lambda gate, up: F.silu(gate) * 2 + up,
+    "ungated": lambda gate, up: F.silu(gate) * F.silu(up),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_a_gate_with_anything_else_on_its_way_stays(between: str) -> None:
+    first, second, row = torch.nn.Linear(16, 24), torch.nn.Linear(16, 24), torch.randn(1, 1, 16)
+    with torch.no_grad():
+        region = regions.trace(lambda x: [BETWEEN[between](first(x), second(x))], [row])
+        made = regions.lowered(region.graph, lambda matrices: True)
+        torch.testing.assert_close(made(*region.constants, row)[0], BETWEEN[between](first(row), second(row)))
+    assert "impasto.multiply_several.default" in places(made)
+    assert "impasto.multiply_gated.default" not in places(made)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_gate_and_what_it_gates_have_biases_both_or_neither(which: int) -> None:
+    row, matrix, bias = torch.randn(3, 16), torch.randn(3, 7, 16), torch.randn(3, 7)
+    with pytest.raises(RuntimeError, match="biases both, or neither has"):
+        rows.multiply_gated(row, matrix, matrix, *((bias, None), (None, bias))[which], "silu")
+
+
 def test_an_activation_that_no_kernel_knows_stays() -> None:
     part, row = Gate(torch.tanh), torch.randn(1, 1, 16)
     with torch.no_grad():
@@ -442,3 +474,16 @@ def test_kernels_of_gates(activation: str, shape: tuple[int, int, int], bias: bo
     )
     wanted = rows.ACTIVATIONS[activation](gate) * other
     assert float((got.double() - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", rows.ACTIVATIONS)
+def test_what_is_no_number_passes_through_kernels_of_gates(activation: str, dtype: torch.dtype) -> None:
+    from impasto import streaming
+
+    gates = torch.tensor([torch.nan, torch.inf, -20.0, 0.0, 20.0], device="cuda", dtype=dtype)[None, :, None]
+    row = torch.ones(1, 1, device="cuda", dtype=dtype)
+    (got,) = streaming.multiply(row, [gates, torch.ones_like(gates)], [], activation)
+    torch.testing.assert_close(got[0], rows.ACTIVATIONS[activation](gates[0, :, 0]), equal_nan=True)

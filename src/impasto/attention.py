@@ -39,8 +39,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """What transformers' `sdpa_attention_forward` computes, which is called for all but a single query per row.
 
-    It is called, too, where no kernel of ours runs, and for what `impasto.rows.attention` does not know: dropout, and
-    the arguments that `sdpa_attention_forward` has beside these. Others, such as sinks, are unknown to both.
+    It is called, too, where no kernel of ours runs, and for what `impasto.rows.attention` does not know: dropout,
+    gradients, and the arguments that `sdpa_attention_forward` has beside these. Others, such as sinks, are unknown to
+    both.
 
     Args:
         module: asks.
@@ -55,7 +56,7 @@ def attention(
     Returns:
         (batch, queries, heads, width of a value), and no weights.
     """
-    known = not dropout and all(kwargs.get(name) is None for name in _OTHER)
+    known = not dropout and not query.requires_grad and all(kwargs.get(name) is None for name in _OTHER)
     if query.shape[2] == 1 and known and rows.attended(query):
         mixed = rows.attention(query, key, value, attention_mask, scale=scaling)
         return mixed.transpose(1, 2).contiguous(), None
@@ -90,13 +91,17 @@ def shares(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def shared(configs: Sequence[Any]) -> Iterator[None]:
-    """Let modules with these configs take `attention` instead of torch's for the length of a `with` block."""
+    """Let modules with these configs take `attention` instead of torch's for the length of a `with` block.
+
+    Configs that name another attention than torch's by now keep it.
+    """
+    chosen = [config for config in configs if config._attn_implementation == THEIRS]
     try:
-        for config in configs:  # not by the property, which changes configs inside this one as well
+        for config in chosen:  # not by the property, which changes configs inside this one as well
             config._attn_implementation_internal = OURS
         yield
     finally:
-        for config in configs:
+        for config in chosen:
             config._attn_implementation_internal = THEIRS
 
 
@@ -110,10 +115,22 @@ def _asks(kind: type) -> bool:
 
 
 def _names(kind: type) -> bool:
-    """Whether the name of torch's attention stands in code of a class, or of functions in the same file."""
+    """Whether the name of torch's attention stands in a class or beside it in the same file: in code, or in a list."""
     beside = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
-    functions = filter(inspect.isfunction, (*vars(kind).values(), *beside.values()))
-    return any(THEIRS in _constants(inspect.unwrap(function).__code__) for function in functions)
+    return any(map(_says, (*vars(kind).values(), *beside.values())))
+
+
+def _says(value: Any) -> bool:
+    """Whether the name of torch's attention stands in a function, a method, a property or a collection."""
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, classmethod | staticmethod):
+        value = value.__func__
+    if inspect.isfunction(value):
+        return THEIRS in _constants(inspect.unwrap(value).__code__)
+    return isinstance(value, dict | list | set | tuple | frozenset) and any(
+        isinstance(one, str) and one == THEIRS for one in value
+    )
 
 
 def _constants(code: CodeType) -> Iterator[Any]:

@@ -227,8 +227,13 @@ def multiply_gated(
 
     Returns:
         (lanes, outputs), in the type of `rows`, to which both products and the activated one are rounded, too.
+
+    Raises:
+        RuntimeError: one bias without the other.
     """
-    added = [] if gate_biases is None or biases is None else [gate_biases, biases]
+    added = [x for x in (gate_biases, biases) if x is not None]
+    if len(added) == 1:
+        raise RuntimeError("a gate and what it gates have biases both, or neither has")
     if streamed(gates):
         from impasto import streaming
 

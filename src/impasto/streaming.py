@@ -21,7 +21,6 @@ SHORT = 32  # columns of a part, where that makes no more programs than these
 BLOCK = 64  # columns that a program reads at once, and those of a part, where there are many rows
 PARTS = 128  # of a row's columns, at most
 FITS = ((BLOCK, 3), (32, 3), (16, 3), (16, 1))  # columns at once and stages of loading; later ones need less memory
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order in which `_multiply` numbers them
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -132,6 +131,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     span = SHORT if programs <= MANY else BLOCK
     span = max(span, -(-columns // PARTS))
     span += -span % 16
+    # Many programs with few warps each are best; what more heads, or longer numbers, need does not fit their registers.
+    light = programs > PROGRAMS and shared <= 16 and query.dtype != torch.float32
     parts = -(-columns // span)
     mixed = query.new_empty((rows, parts, shared, values), dtype=torch.float32)
     peaks, masses = (query.new_empty((rows, parts, shared), dtype=torch.float32) for _ in range(2))
@@ -146,7 +147,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         for most, stages in FITS:
             block = min(most, _power(span))
             read = block * max(_power(width), _power(values))
-            warps = 4 if programs <= PROGRAMS else min(max(read // 4096, 1), 4)  # where there are few, each has more
+            warps = min(max(read // 4096, 1), 4) if light else 4
             with contextlib.suppress(OutOfResources):
                 _attend[rows, parts](
                     query, key, value, query if mask is None else mask, mixed, peaks, masses,
@@ -160,15 +161,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         else:
             return None
         _join[rows, shared](
-            mixed,
-            peaks,
-            masses,
-            out,
-            parts,
-            shared,
-            VALUES=values,
-            TALL=_power(values),
-            PARTS=_power(parts),
+            mixed, peaks, masses, out, parts, shared, VALUES=values, TALL=_power(values), PARTS=_power(parts)
         )
     return out
 
@@ -184,7 +177,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     lane = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     matrix, bias, out, outputs = first, first_bias, first_out, first_outputs
-    if GATE != 0:
+    if GATE is not None:
         matrix += lane * outputs * COLUMNS
         second += lane * outputs * COLUMNS
         bias += lane * outputs
@@ -217,30 +210,31 @@ def _multiply(  # type: ignore[no-untyped-def]
             place = output[:, None] * matrix_output + column[None, :]
         read = there[:, None] & inside[None, :]
         weight = tl.load(matrix + place, mask=read, other=0.0, eviction_policy="evict_first")
-        if GATE != 0:
+        if GATE is not None:
             other = tl.load(second + place, mask=read, other=0.0, eviction_policy="evict_first")
         factor = tl.load(row + lane * row_lane + column, mask=inside, other=0.0).to(tl.float32)
         total += weight.to(tl.float32) * factor[None, :]
-        if GATE != 0:
+        if GATE is not None:
             gated += other.to(tl.float32) * factor[None, :]
     result = tl.sum(total, 1)
     if BIAS:
         result += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)
-    if GATE != 0:  # every step is rounded, as it is where each is an operation of its own
+    if GATE is not None:  # every step is rounded, as it is where each is an operation of its own
         value = tl.sum(gated, 1)
         if BIAS:
             value += tl.load(second_bias + output, mask=there, other=0.0).to(tl.float32)
         value = value.to(out.dtype.element_ty).to(tl.float32)
         result = result.to(out.dtype.element_ty).to(tl.float32)
-        if GATE == 1:
+        if GATE == "silu":
             result = result * tl.sigmoid(result)
-        elif GATE == 2:
+        elif GATE == "gelu":
             result = 0.5 * result * (1 + tl.erf(result * 0.7071067811865476))
-        elif GATE == 3:
+        elif GATE == "gelu_tanh":
             inner = 0.7978845608028654 * (result + 0.044715 * result * result * result)
             result = result * tl.sigmoid(2 * inner)
         else:
-            result = tl.maximum(result, 0.0)
+            tl.static_assert(GATE == "relu")
+            result = tl.where(result < 0, 0.0, result)  # a maximum would hide what is no number
         result = result.to(out.dtype.element_ty).to(tl.float32) * value
     tl.store(out + lane * outputs + output, result.to(out.dtype.element_ty), mask=there)
 
@@ -250,7 +244,8 @@ def multiply(
 ) -> list[Tensor]:
     """Products with one to three matrices by one kernel; arguments and result as of `impasto.rows.multiply_several`.
 
-    With a gate, one of `ACTIVATIONS`, there are two matrices of one shape and one result: as `multiply_gated`.
+    With a gate, one of `impasto.rows.ACTIVATIONS`, there are two matrices of one shape and one result, as of
+    `impasto.rows.multiply_gated`.
 
     How a program reads follows from the number of columns alone, so that all processes of a team, and all runs, take
     the same sums in the same order: two rows of weights at a time by one warp up to 1,024 columns, else one by four, or
@@ -272,7 +267,7 @@ def multiply(
             rows, *first, *second, *third, *[x.shape[1] for x in first],
             rows.stride(0), *matrices[0].stride()[:2], added[0].stride(0),
             COUNT=len(matrices), COLUMNS=columns, BIAS=bool(biases), ROWS=each, BLOCK=block,
-            GATE=0 if gate is None else ACTIVATIONS.index(gate) + 1, num_warps=warps,
+            GATE=gate, num_warps=warps,
         )  # fmt: skip
     return made
 
