@@ -45,8 +45,8 @@ SURFACE = {
     "run": f"MODEL PROMPT --chat --edit --kv --max-new-tokens --schedule -e -s {SPLIT}",
     "eval": f"MODEL --apply-chat-template --batch-size --dry-run --edit --include-path --kv --limit --masking "
     f"--num-fewshot --output --ray --schedule --seed --tasks --workers -e -o -s {SPLIT}",
-    "bench": f"MODEL --accuracy --batch-sizes --compile --contexts --edit --input-len --mode --new-tokens --num-iters "
-    f"--output --output-len --peers --rounds --schedule -e -o -s {LOADING}",
+    "bench": f"MODEL --accuracy --batch-sizes --compile --contexts --edit --mode --new-tokens "
+    f"--output --peers --rounds --schedule -e -o -s {LOADING}",
     "corpus": "",
     "corpus count": "SHARDS... --documents --dry-run --field --ignore-case --match --output --pairs --workers -o",
     "report": "FOLDER --output -o",

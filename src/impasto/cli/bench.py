@@ -47,33 +47,25 @@ def bench(
     contexts: Annotated[
         str,
         typer.Option(
-            "--contexts",
-            "--input-len",
-            metavar="LIST",
-            rich_help_panel=_TIMING,
-            help="Tokens of the prompts: 128,1024,32000.",
+            metavar="LIST", rich_help_panel=_TIMING, help="Tokens of the prompts: 128,1024,32000 (or --input-len)."
         ),
     ] = "128,1024",
     new_tokens: Annotated[
         int,
         typer.Option(
-            "--new-tokens",
-            "--output-len",
             metavar="N",
             min=2,
             rich_help_panel=_TIMING,
-            help="Tokens that every row writes, the first one included.",
+            help="Tokens that every row writes, the first one included (or --output-len).",
         ),
     ] = 64,
     rounds: Annotated[
         int,
         typer.Option(
-            "--rounds",
-            "--num-iters",
             metavar="N",
             min=1,
             rich_help_panel=_TIMING,
-            help="Turns of each contender; intervals need two at least.",
+            help="Turns of each contender; intervals need two at least (or --num-iters).",
         ),
     ] = 5,
     peers: Annotated[
