@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FILE = "bench.json"
 OWN = ("plain", "fast")
+TIMES = 6  # columns about times; those behind them are about rates and memory
 _TIMING = "What is timed"
 
 
@@ -183,7 +184,13 @@ def show(out: Console, bench: Bench) -> None:
         out.print()
         out.print(Text(str(case), "bold"))
         if any(timing.rounds for timing in bench.of(case)):
-            out.print(table(bench, case))
+            whole = table(bench, case)
+            if out.measure(whole, options=out.options.update_width(console.PIPE_WIDTH)).maximum <= out.width:
+                out.print(whole)
+            else:  # numbers are never cut
+                out.print(table(bench, case, slice(TIMES)))
+                out.print()
+                out.print(table(bench, case, slice(TIMES, None)))
         for problem in problems(bench, case):
             out.print(console.plain(problem, "yellow"), soft_wrap=True)
     out.print()
@@ -197,10 +204,9 @@ def named(bench: Bench) -> dict[str, str]:
     return {recipe.fingerprint: name for recipe, name in zip(bench.recipes, names, strict=True)}
 
 
-def table(bench: Bench, case: Case) -> Any:
-    """One case: a line for each contender that has samples."""
+def table(bench: Bench, case: Case, part: slice = slice(None)) -> Any:
+    """One case: a line for each contender that has samples; of the columns behind its name, those of `part`."""
     columns = (
-        Column("", "left"),
         Column("TTFT ms"),
         Column("ratio"),
         Column("TPOT ms"),
@@ -211,7 +217,8 @@ def table(bench: Bench, case: Case) -> Any:
         Column("memory"),
         Column("roofline"),
     )
-    return console.table(columns, [_line(bench, timing) for timing in bench.of(case) if timing.rounds])
+    lines = [_line(bench, timing) for timing in bench.of(case) if timing.rounds]
+    return console.table([Column("", "left"), *columns[part]], [(line[0], *line[1:][part]) for line in lines])
 
 
 def problems(bench: Bench, case: Case) -> list[str]:

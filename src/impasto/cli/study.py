@@ -80,7 +80,9 @@ def painters(
     loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan=tp_plan)
     where = loading.cluster(ray, workers)
     from impasto import fetch
+    from impasto.studies.protocol import check_methods
 
+    check_methods(options.split(methods))  # a wrong name costs seconds and a model minutes
     with loading.store(folder, dry_run=dry_run) as store, console.phases() as progress:
         loaded = loading.load(model, progress)
         require_tokenizer(loaded)
