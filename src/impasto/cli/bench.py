@@ -206,7 +206,7 @@ def named(bench: Bench) -> dict[str, str]:
 
 def table(bench: Bench, case: Case, part: slice = slice(None)) -> Any:
     """One case: a line for each contender that has samples; of the columns behind its name, those of `part`."""
-    columns = (
+    columns = [
         Column("TTFT ms"),
         Column("ratio"),
         Column("TPOT ms"),
@@ -216,7 +216,7 @@ def table(bench: Bench, case: Case, part: slice = slice(None)) -> Any:
         Column("tokens/s"),
         Column("memory"),
         Column("roofline"),
-    )
+    ]
     lines = [_line(bench, timing) for timing in bench.of(case) if timing.rounds]
     return console.table([Column("", "left"), *columns[part]], [(line[0], *line[1:][part]) for line in lines])
 
