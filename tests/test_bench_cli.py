@@ -204,6 +204,16 @@ def shown(bench: Bench, width: int = 100) -> list[str]:
     return [line.rstrip() for line in screen.getvalue().splitlines()]
 
 
+def test_a_narrow_window_gets_two_tables_and_whole_numbers() -> None:
+    wide, narrow = shown(measured()), shown(measured(), 72)
+    assert max(map(len, narrow)) <= 72
+    assert not any("…" in line for line in narrow)
+    for first, second, whole in zip(narrow[3:8], narrow[10:15], wide[3:8], strict=True):
+        name = whole.split("  ")[0]
+        assert first.startswith(name) and second.startswith(name)
+        assert first.split() + second.removeprefix(name).split() == whole.split()
+
+
 def test_the_table_fits_a_hundred_columns() -> None:
     lines = shown(measured())
     assert max(map(len, lines)) <= 100

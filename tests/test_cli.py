@@ -45,8 +45,8 @@ SURFACE = {
     "run": f"MODEL PROMPT --chat --edit --kv --max-new-tokens --schedule -e -s {SPLIT}",
     "eval": f"MODEL --apply-chat-template --batch-size --dry-run --edit --include-path --kv --limit --masking "
     f"--num-fewshot --output --ray --schedule --seed --tasks --workers -e -o -s {SPLIT}",
-    "bench": f"MODEL --accuracy --batch-sizes --compile --contexts --edit --input-len --mode --new-tokens --num-iters "
-    f"--output --output-len --peers --rounds --schedule -e -o -s {LOADING}",
+    "bench": f"MODEL --accuracy --batch-sizes --compile --contexts --edit --mode --new-tokens "
+    f"--output --peers --rounds --schedule -e -o -s {LOADING}",
     "corpus": "",
     "corpus count": "SHARDS... --documents --dry-run --field --ignore-case --match --output --pairs --workers -o",
     "report": "FOLDER --output -o",
@@ -134,6 +134,35 @@ def test_help_teaches_by_examples_that_parse(path: str, say: Spoken) -> None:
         name, *arguments = shlex.split(example.partition(" | ")[0])
         assert name == "impasto"
         parsed(arguments)
+
+
+@pytest.mark.parametrize("path", SURFACE)
+def test_help_fits_80_columns(path: str, say: Spoken, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, text, _ = say(*path.split(), "--help")
+    for parameter in dict(commands())[path].params:
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            assert not name.startswith("--") or re.search(rf"{name}(?![\w…-])", text), name  # none is cut
+    assert "<bool>" not in text  # a flag takes no value
+    examples = text.partition("Examples:")[2].partition("╭")[0]
+    assert all(line.strip().startswith("impasto ") for line in examples.splitlines() if line.strip())  # none is broken
+
+
+def test_a_wrong_method_is_told_before_a_model_is_loaded(say: Spoken) -> None:
+    code, text, errors = say("study", "painters", "no/model", "--methods", "revers")
+    assert (code, text) == (2, "")
+    assert errors.startswith("error: no method 'revers'; did you mean 'reverse'? (there are skip_one, ")
+
+
+def test_the_parser_says_what_is_wrong_without_its_own_jargon(say: Spoken) -> None:
+    _, _, errors = say("bench", "demo", "--mode", "quick")
+    assert "'quick' is not one of 'auto', 'plain', 'fast'" in errors and "Value error" not in errors
+
+
+@pytest.mark.parametrize("given", [["--input-len", "16"], ["--input_len=16"], ["--contexts", "16"]])
+def test_bench_takes_the_names_of_vllm(given: list[str]) -> None:
+    tidy, _ = understood(["bench", "demo", *given])
+    assert " ".join(tidy).replace("=", " ") == "bench demo --contexts 16"
 
 
 def parsed(arguments: list[str]) -> None:

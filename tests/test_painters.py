@@ -463,6 +463,14 @@ def test_an_interrupted_study_says_what_is_missing(paperlike: Evidence) -> None:
     assert answers["skip-one"].verdict == "yes"
 
 
+def test_scores_at_chance_are_not_said_to_be_unmeasured(paperlike: Evidence) -> None:
+    hard = tuple(replace(task, chance=1.0) for task in paperlike.tasks)
+    answers = {answer.key: answer for answer in page(replace(paperlike, tasks=hard, similarity={})).answers}
+    told = "No answer: on no task that was asked is the full model clearly above guessing."
+    assert (answers["parallel"].verdict, answers["parallel"].effect) == ("unclear", told)
+    assert answers["three-groups"].effect == "Not measured: this needs the similarity of the full model's states."
+
+
 def test_nothing_measured_still_makes_a_page() -> None:
     empty = Evidence(DEPTH, SMALL, PLAN, (), {})
     shown = page(empty)

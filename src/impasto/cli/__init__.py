@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from impasto import __version__, console
 from impasto.cli import processes
 from impasto.cli.bench import bench
 from impasto.cli.corpus import corpus
 from impasto.cli.evaluate import evaluate
+from impasto.cli.helping import Command, Group
 from impasto.cli.run import run
 from impasto.cli.show import show
 from impasto.cli.study import report, study
@@ -30,9 +30,11 @@ from impasto.errors import ImpastoError
 
 INTERRUPTED = 130
 _CONTINUES = ("eval", "study", "corpus")  # commands that find what they measured before
+_ALSO = {"--input-len": "--contexts", "--output-len": "--new-tokens", "--num-iters": "--rounds"}  # vLLM's names
+_CHECKER = "Value error, "  # what the parser's checks begin with
 
 
-class _InOrder(TyperGroup):
+class _InOrder(Group):
     """Lists the commands as one meets them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -42,15 +44,15 @@ class _InOrder(TyperGroup):
 app = typer.Typer(
     name="impasto", cls=_InOrder, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
-app.command("show")(show)
-app.command("run")(run)
-app.command("eval")(evaluate)
-app.command("bench")(bench)
+app.command("show", cls=Command)(show)
+app.command("run", cls=Command)(run)
+app.command("eval", cls=Command)(evaluate)
+app.command("bench", cls=Command)(bench)
 app.add_typer(study)
 app.add_typer(corpus)
-app.command("report")(report)
-app.command("tasks")(tasks)
-app.command("fetch")(fetch)
+app.command("report", cls=Command)(report)
+app.command("tasks", cls=Command)(tasks)
+app.command("fetch", cls=Command)(fetch)
 
 
 def _version(wanted: bool) -> None:
@@ -72,9 +74,9 @@ def _everything(
     """Surgery on the layers of frozen transformers: run any schedule of them, measure what it costs.
 
     Examples:
-      impasto study painters                        the whole study of a small model, as a page
+      impasto study painters                        the whole study, as a page
       impasto show demo                             what a model is made of
-      impasto run demo -s "0:8 12:18" "Once upon"   text with four of its layers left out
+      impasto run demo -s "0:8 12:18" "Once upon"   text with four layers left out
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -111,19 +113,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def understood(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments with dashes for underscores in option names, and whether `--debug` is among them.
+    """The arguments with option names as they are here, and whether `--debug` is among them.
 
+    Underscores become dashes, and what vLLM's own benchmark calls the options of `bench` what they are called here.
     What stands behind `--` is left alone.
 
     >>> understood(["run", "demo", "--max_new_tokens=3", "--debug"])
     (['run', 'demo', '--max-new-tokens=3'], True)
+    >>> understood(["bench", "demo", "--input-len", "16"])
+    (['bench', 'demo', '--contexts', '16'], False)
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     tidy = []
     for argument in arguments[:end]:
         name, sign, value = argument.partition("=")
         is_option = name.startswith("--") and " " not in name
-        tidy.append(name.replace("_", "-") + sign + value if is_option else argument)
+        if is_option:
+            name = name.replace("_", "-")
+            name = _ALSO.get(name, name) if "bench" in arguments[:end] else name
+        tidy.append(name + sign + value)
     return [argument for argument in tidy if argument != "--debug"] + list(arguments[end:]), "--debug" in tidy
 
 
@@ -134,7 +142,7 @@ def explained(problem: Exception) -> tuple[str, int]:
     if callable(say := getattr(problem, "format_message", None)):  # what the parser did not understand
         context = getattr(problem, "ctx", None)
         path = context.command_path if context is not None else "impasto"
-        return f"{say().rstrip('.')} (`{path} --help` says what there is)", 2
+        return f"{say().rstrip('.').replace(_CHECKER, '')} (`{path} --help` says what there is)", 2
     if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
         return "out of memory: try --dtype bfloat16, a smaller model or another device", 1
     if isinstance(problem, OSError) and problem.strerror:

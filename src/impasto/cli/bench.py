@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FILE = "bench.json"
 OWN = ("plain", "fast")
+TIMES = 6  # columns about times; those behind them are about rates and memory
 _TIMING = "What is timed"
 
 
@@ -47,33 +48,25 @@ def bench(
     contexts: Annotated[
         str,
         typer.Option(
-            "--contexts",
-            "--input-len",
-            metavar="LIST",
-            rich_help_panel=_TIMING,
-            help="Tokens of the prompts: 128,1024,32000.",
+            metavar="LIST", rich_help_panel=_TIMING, help="Tokens of the prompts: 128,1024,32000 (or --input-len)."
         ),
     ] = "128,1024",
     new_tokens: Annotated[
         int,
         typer.Option(
-            "--new-tokens",
-            "--output-len",
             metavar="N",
             min=2,
             rich_help_panel=_TIMING,
-            help="Tokens that every row writes, the first one included.",
+            help="Tokens that every row writes, the first one included (or --output-len).",
         ),
     ] = 64,
     rounds: Annotated[
         int,
         typer.Option(
-            "--rounds",
-            "--num-iters",
             metavar="N",
             min=1,
             rich_help_panel=_TIMING,
-            help="Turns of each contender; intervals need two at least.",
+            help="Turns of each contender; intervals need two at least (or --num-iters).",
         ),
     ] = 5,
     peers: Annotated[
@@ -191,7 +184,13 @@ def show(out: Console, bench: Bench) -> None:
         out.print()
         out.print(Text(str(case), "bold"))
         if any(timing.rounds for timing in bench.of(case)):
-            out.print(table(bench, case))
+            whole = table(bench, case)
+            if out.measure(whole, options=out.options.update_width(console.PIPE_WIDTH)).maximum <= out.width:
+                out.print(whole)
+            else:  # numbers are never cut
+                out.print(table(bench, case, slice(TIMES)))
+                out.print()
+                out.print(table(bench, case, slice(TIMES, None)))
         for problem in problems(bench, case):
             out.print(console.plain(problem, "yellow"), soft_wrap=True)
     out.print()
@@ -205,10 +204,9 @@ def named(bench: Bench) -> dict[str, str]:
     return {recipe.fingerprint: name for recipe, name in zip(bench.recipes, names, strict=True)}
 
 
-def table(bench: Bench, case: Case) -> Any:
-    """One case: a line for each contender that has samples."""
-    columns = (
-        Column("", "left"),
+def table(bench: Bench, case: Case, part: slice = slice(None)) -> Any:
+    """One case: a line for each contender that has samples; of the columns behind its name, those of `part`."""
+    columns = [
         Column("TTFT ms"),
         Column("ratio"),
         Column("TPOT ms"),
@@ -218,8 +216,9 @@ def table(bench: Bench, case: Case) -> Any:
         Column("tokens/s"),
         Column("memory"),
         Column("roofline"),
-    )
-    return console.table(columns, [_line(bench, timing) for timing in bench.of(case) if timing.rounds])
+    ]
+    lines = [_line(bench, timing) for timing in bench.of(case) if timing.rounds]
+    return console.table([Column("", "left"), *columns[part]], [(line[0], *line[1:][part]) for line in lines])
 
 
 def problems(bench: Bench, case: Case) -> list[str]:

@@ -11,12 +11,15 @@ import typer
 
 from impasto import console
 from impasto.cli import options
+from impasto.cli.helping import Command, Group
 from impasto.errors import UsageError
 
 if TYPE_CHECKING:
     from impasto.corpus import Counts, Pair, Plan
 
-corpus = typer.Typer(name="corpus", rich_markup_mode="rich", help="How often facts are mentioned in a corpus.")
+corpus = typer.Typer(
+    name="corpus", cls=Group, rich_markup_mode="rich", help="How often facts are mentioned in a corpus."
+)
 
 FACTS = "laser_counterfact"
 _BANDS = ((0, 0, "never"), (1, 49, "1 to 49"), (50, 1000, "50 to 1,000"), (1001, None, "more than 1,000"))
@@ -43,7 +46,7 @@ def _corpora(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@corpus.command("count")
+@corpus.command("count", cls=Command)
 def count(
     shards: Annotated[
         list[str], typer.Argument(metavar="SHARDS...", help="Files, folders or quoted globs: jsonl, txt, parquet.")
@@ -77,7 +80,7 @@ def count(
     Examples:
       impasto corpus count "pile/*.jsonl.zst" --workers 8
       impasto corpus count "pile/*.jsonl.zst" --dry-run
-      impasto corpus count wikipedia.parquet --pairs facts.jsonl --match all_words -o facts.json
+      impasto corpus count wiki.parquet --pairs facts.jsonl -o facts.json
     """
     if output.suffix not in (".json", ".jsonl"):
         raise UsageError(f"counts are written as .json or .jsonl, not as {output.name}")

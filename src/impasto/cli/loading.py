@@ -142,7 +142,9 @@ def recipes(loaded: LoadedModel, schedules: Iterable[str | None], edits: Sequenc
 def require_tokenizer(loaded: LoadedModel) -> None:
     """Make sure that the model can read text."""
     if loaded.tokenizer is None:
-        raise UsageError(f"{loaded.name} came without a tokenizer, so it cannot read text")
+        raise UsageError(
+            f"{loaded.name} came without a tokenizer, so it cannot read text: put its files beside the weights"
+        )
 
 
 def run_folder(output: Path | None, model: str, kind: str) -> Path:

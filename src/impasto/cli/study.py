@@ -12,13 +12,14 @@ import typer
 
 from impasto import console
 from impasto.cli import options
+from impasto.cli.helping import Command, Group
 from impasto.cli.laser import laser
 from impasto.cli.loading import RUNS, Loading, recorded, require_tokenizer, run_folder
 from impasto.cli.pages import Protocol, planned, show, write
 from impasto.errors import FetchError, UsageError
 from impasto.result import digest
 
-study = typer.Typer(name="study", rich_markup_mode="rich", help="A whole study of one model, as a page.")
+study = typer.Typer(name="study", cls=Group, rich_markup_mode="rich", help="A whole study of one model, as a page.")
 
 _ASKING = "What is asked"
 _LONGEST = 120  # letters of a folder's name that is made of others
@@ -30,7 +31,7 @@ def _studies(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@study.command("painters")
+@study.command("painters", cls=Command)
 def painters(
     model: Annotated[
         str, typer.Argument(metavar="[MODEL]", help="A hub id (org/name), a folder, a .gguf file, or `demo`.")
@@ -79,7 +80,9 @@ def painters(
     loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map, tp_plan=tp_plan)
     where = loading.cluster(ray, workers)
     from impasto import fetch
+    from impasto.studies.protocol import check_methods
 
+    check_methods(options.split(methods))  # a wrong name costs seconds and a model minutes
     with loading.store(folder, dry_run=dry_run) as store, console.phases() as progress:
         loaded = loading.load(model, progress)
         require_tokenizer(loaded)
@@ -112,7 +115,7 @@ def painters(
     show(page, path)
 
 
-study.command("laser")(laser)
+study.command("laser", cls=Command)(laser)
 
 
 def report(
@@ -132,7 +135,7 @@ def report(
 
     Examples:
       impasto report impasto-runs/demo-painters-quick
-      impasto report impasto-runs/small-painters-standard impasto-runs/large-painters-standard -o small-and-large
+      impasto report impasto-runs/small impasto-runs/large -o small-and-large
     """
     from impasto.store import Store
 

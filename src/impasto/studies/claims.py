@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from impasto.result import Answer
 from impasto.studies import findings, loops, states
+from impasto.studies.evidence import Evidence
 from impasto.studies.loops import PROPORTIONAL
 from impasto.studies.paper import FOUND
 from impasto.studies.question import Question
@@ -14,7 +15,7 @@ from impasto.studies.states import DISTINCT
 
 SCORE = "normalised score"
 MODERATE = "Averaged over widths from 3 layers to 5, or to a third of a deep model."
-
+INCOMPARABLE = "No answer: on no task that was asked is the full model clearly above guessing."
 
 QUESTIONS: tuple[Question[Reading], ...] = (
     Question(
@@ -58,6 +59,7 @@ QUESTIONS: tuple[Question[Reading], ...] = (
             f"states: yes if the interval lies above {DISTINCT}, no if below. The matrix is the paper's."
         ),
         figure="similarity",
+        scores=False,
     ),
     Question(
         key="without-artefacts",
@@ -70,6 +72,7 @@ QUESTIONS: tuple[Question[Reading], ...] = (
             f"the other states): yes if its interval lies above {DISTINCT}, no if below."
         ),
         figure="similarity",
+        scores=False,
     ),
     Question(
         key="all-necessary",
@@ -114,6 +117,7 @@ QUESTIONS: tuple[Question[Reading], ...] = (
             "lies above zero, no if below."
         ),
         figure="states",
+        scores=False,
     ),
     Question(
         key="order-matters",
@@ -240,11 +244,19 @@ QUESTIONS: tuple[Question[Reading], ...] = (
             f"the interval lies above {SLIGHT}, no if below."
         ),
         figure="kv",
+        scores=False,
     ),
 )
 
 
 def answers(reading: Reading, figures: Iterable[str]) -> tuple[Answer, ...]:
     """Every question answered for this model; what was not measured is unclear, and says what it needs."""
-    shown = set(figures)
-    return tuple(question.answer(reading, FOUND[question.key], shown) for question in QUESTIONS)
+    shown, incomparable = set(figures), "" if _comparable(reading.evidence) else INCOMPARABLE
+    return tuple(
+        question.answer(reading, FOUND[question.key], shown, incomparable=incomparable) for question in QUESTIONS
+    )
+
+
+def _comparable(evidence: Evidence) -> bool:
+    """Whether scores can be compared, or none was measured yet."""
+    return bool(evidence.usable) or all(evidence.scores(evidence.full, task) is None for task in evidence.tasks)

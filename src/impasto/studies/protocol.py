@@ -199,6 +199,19 @@ class Variant:
         return Recipe("", self.schedule).fingerprint
 
 
+def check_methods(names: Iterable[str]) -> None:
+    """Make sure that methods of these names exist.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"no method {name!r}{hint} (there are {', '.join(METHODS)})")
+
+
 def variants(
     depth: int,
     protocol: Protocol,
@@ -225,10 +238,7 @@ def variants(
     """
     chosen = tuple(protocol.methods if methods is None else methods)
     count = protocol.seeds if seeds is None else seeds
-    if unknown := [name for name in chosen if name not in METHODS]:
-        near = difflib.get_close_matches(unknown[0], METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"no method {unknown[0]!r}{hint} (there are {', '.join(METHODS)})")
+    check_methods(chosen)
     if count < 1:
         raise UsageError(f"random orders need at least 1 seed, not {count}")
     plan = _Plan(depth, protocol, count)

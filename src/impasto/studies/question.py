@@ -25,6 +25,7 @@ class Question(Generic[Evidence]):
         rule: how the verdict follows.
         figure: key of the figure that shows it.
         arises: whether the study is one that the question is about.
+        scores: whether it is about scores, so that it has no answer where none can be compared.
     """
 
     key: str
@@ -35,21 +36,24 @@ class Question(Generic[Evidence]):
     rule: str
     figure: str
     arises: Callable[[Evidence], bool] = lambda _: True
+    scores: bool = True
 
-    def answer(self, evidence: Evidence, paper: str, shown: Collection[str]) -> Answer:
+    def answer(self, evidence: Evidence, paper: str, shown: Collection[str], *, incomparable: str = "") -> Answer:
         """The answer for a model.
 
         Args:
             evidence: what was measured; what was not is unclear, and the answer says what it needs.
             paper: what the paper found.
             shown: keys of the figures that the page has.
+            incomparable: why the scores that were measured say nothing; empty where they do.
         """
         found = self.find(evidence)
+        lacking = incomparable if self.scores and incomparable else f"Not measured: this needs {self.needs}."
         return Answer(
             key=self.key,
             question=self.text,
             verdict=found.verdict if found else "unclear",
-            effect=found.effect if found else f"Not measured: this needs {self.needs}.",
+            effect=found.effect if found else lacking,
             estimate=found.estimate if found else None,
             unit=self.unit,
             paper=paper,
