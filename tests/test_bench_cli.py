@@ -83,7 +83,7 @@ def test_a_bench_prints_tables_and_leaves_files(model: str, say: Spoken) -> None
         "roofline",
     ]
     assert [line.split()[0] for line in lines[5:10]] == ["untouched", "A", "B", "hf", "vllm:"]
-    assert lines[9] == "vllm: vLLM is not installed"
+    assert lines[9] == "vllm: vLLM is not installed: pip install vllm"
     assert re.match(r"A +[\d.,]+ +\d\.\d{3} +[\d.,]+ +[\d.,]+ +\d\.\d{3}  \d\.\d{3} to ", lines[6])
     assert "no clocks and temperatures: no driver of an NVIDIA device answers here" in text
     folder = Path("impasto-runs/tiny-bench")

@@ -286,6 +286,7 @@ def test_a_case_beyond_the_window_is_written_down(loaded: LoadedModel) -> None:
 
 def test_what_cannot_be_is_refused(loaded: LoadedModel) -> None:
     for options, text in (
+        ({"contexts": [254, 900]}, "nothing can be timed: 254 + 64 tokens are more than the model's window of 256"),
         ({"rounds": 0}, "a bench has at least one round, one batch size and one context"),
         ({"batch_sizes": []}, "a bench has at least one round, one batch size and one context"),
         ({"mode": "slow"}, "mode is 'auto', 'plain' or 'fast', not 'slow'"),
@@ -463,7 +464,9 @@ def test_a_bench_leaves_the_model_as_it_was_and_goes_into_a_store(
     )
     problems = {timing.problem for timing in bench.timings if timing.how != "vllm"}
     assert problems == {None}
-    assert {timing.problem for timing in bench.timings if timing.how == "vllm"} == {"vLLM is not installed"}
+    assert {timing.problem for timing in bench.timings if timing.how == "vllm"} == {
+        "vLLM is not installed: pip install vllm"
+    }
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
     assert [type(layer) for layer in loaded.model.model.layers] == kinds
     assert not any("forward" in vars(module) for module in loaded.model.modules())

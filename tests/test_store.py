@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -249,6 +250,19 @@ def test_results_come_back_as_they_were(store: Store) -> None:
     store.put_recipes(RECIPES)
     store.put_result(SETTING, result(RECIPES[0]))
     assert store.results(SETTING) == [result(RECIPES[0])]
+
+
+def test_what_was_written_is_in_the_file_though_a_reader_closes_last(tmp_path: Path) -> None:
+    writer = Store(tmp_path)
+    writer.put_recipes(RECIPES)
+    with Store(tmp_path, readonly=True):
+        writer.close()
+        (file,) = tmp_path.glob("*.sqlite")
+        copy = tmp_path / "copy"
+        copy.mkdir()
+        shutil.copy(file, copy)
+    with Store(copy, readonly=True) as alone:
+        assert list(alone.recipes()) == [recipe.fingerprint for recipe in RECIPES]
 
 
 def test_a_result_is_replaced_with_its_scores(store: Store) -> None:

@@ -35,6 +35,13 @@ WORDS = (3, 256)  # range of the tokens that prompts are made of: plain ones in 
 _CUT = ("keep", "rank")  # rules whose factors have shapes that do not depend on the weights' values
 
 
+def unread(case: Case, loaded: LoadedModel) -> str | None:
+    """Why a model cannot read a case; None where it can."""
+    if case.context + case.new_tokens <= loaded.window:
+        return None
+    return f"{case.context:,} + {case.new_tokens:,} tokens are more than the model's window of {loaded.window:,}"
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """A case with its prompts: `ids` (batch, context), on the model's device."""
@@ -49,10 +56,8 @@ class Job:
         Raises:
             UsageError: the case is longer than what the model can read.
         """
-        if case.context + case.new_tokens > loaded.window:
-            raise UsageError(
-                f"{case.context:,} + {case.new_tokens:,} tokens are more than the model's window of {loaded.window:,}"
-            )
+        if (reason := unread(case, loaded)) is not None:
+            raise UsageError(reason)
         size = loaded.model.get_input_embeddings().num_embeddings
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(WORDS[0], min(WORDS[1], size), (case.batch, case.context), generator=generator)

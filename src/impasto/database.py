@@ -85,7 +85,13 @@ class Database:
                 raise
 
     def close(self) -> None:
-        """Close the file; the last one to close it also folds the write-ahead log into it."""
+        """Close the file; who has written folds the write-ahead log into it, as far as no reader needs it.
+
+        Without that a reader who closes last would leave all there is in the log, and a copy of the file alone empty.
+        """
+        if not self.readonly:
+            with contextlib.suppress(sqlite3.Error):  # it is as whole with its log
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
         self._connection.close()
 
     @contextmanager

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from impasto import checkpoint, memory
-from impasto.contenders import Contender, Fast, Job, Outfit, Plain, Ready, written
+from impasto.contenders import Contender, Fast, Job, Outfit, Plain, Ready, unread, written
 from impasto.errors import ImpastoError, StoreError, UnsupportedModel, UsageError
 from impasto.evaluate import setting_of
 from impasto.hardware import Sensor, State, Watch, limits, machine, watch_of
@@ -97,7 +97,7 @@ def measure(
         aside: told what happens now, and a detail of it.
 
     Raises:
-        UsageError: sizes or names that cannot be.
+        UsageError: sizes or names that cannot be, or no case that the model can read.
         NotationError: a recipe that does not fit the model.
         UnsupportedModel: the model does not write text.
     """
@@ -111,6 +111,9 @@ def measure(
     chosen = tuple({recipe.fingerprint: recipe for recipe in (untouched, *recipes)}.values())
     for recipe in chosen:
         recipe.check(loaded.layers)
+    asked = list(cases(batch_sizes, contexts, new_tokens))
+    if all(unread(case, loaded) for case in asked):
+        raise UsageError(f"nothing can be timed: {unread(asked[0], loaded)}")
     cuda = loaded.device.type == "cuda"
     own: How = "fast" if mode == "fast" or (mode == "auto" and cuda) else "plain"
     entries: list[tuple[Recipe, How]] = [(recipe, own) for recipe in chosen]
@@ -127,7 +130,6 @@ def measure(
         progress=progress or (lambda what, share: None),
         aside=aside or (lambda what, detail: None),
     )
-    asked = list(cases(batch_sizes, contexts, new_tokens))
     try:
         run.aside("roofline of the device", "")
         notes = (*_notes(loaded, run.sensor), *refused)

@@ -41,7 +41,7 @@ def absent(name: How, loaded: LoadedModel) -> str | None:
     if name != "vllm":
         return None
     if importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed"
+        return "vLLM is not installed: pip install vllm"
     if loaded.device.type != "cuda":
         return "vLLM runs beside impasto on CUDA devices only"
     if loaded.device.index:
