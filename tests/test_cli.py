@@ -775,7 +775,7 @@ PAGE = Page(
         ),
     ),
     figures=(),
-    notes=(),
+    notes=("The study is [not] complete.",),
     facts={},
 )
 
@@ -816,6 +816,7 @@ def test_a_study_ends_with_its_answers(model: str, tmp_path: Path, measured: dic
     assert re.search(r"✓ yes +Does the order \[of layers\] matter\?", text)
     assert re.search(r"^ +Reversing costs 0.31 of the normalised score.$", text, re.M)
     assert re.search(r"^ +the paper: yes, on another model *$", text, re.M)
+    assert re.search(r"^! +The study is \[not\] complete. *$", text, re.M)
     folder = Path("impasto-runs/tiny-painters-standard")
     assert text.splitlines()[-1] == f"report: {folder / 'report.html'}"
     assert (tmp_path / folder / "report.html").exists() and (tmp_path / folder / "results.sqlite").exists()

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from impasto import console
@@ -42,11 +42,15 @@ def show(page: Page, path: Path) -> None:
 
 
 def answers(page: Page) -> Group:
-    """Every question with its answer, what it rests on, and what the paper found."""
+    """Every question with its answer, what it rests on, and what the paper found; then warnings and limits."""
     columns = (console.Column("", "left"), console.Column("", "left", fold=True))
     rows = [(_verdict(answer), _reason(answer)) for answer in page.answers]
     title, subtitle = console.plain(page.title, "bold"), console.plain(page.subtitle, "dim")
-    return Group(title, subtitle, "", console.table(columns, rows, heading=False))
+    parts: list[RenderableType] = [title, subtitle, "", console.table(columns, rows, heading=False)]
+    if page.notes:
+        limits = [("!", console.plain(note)) for note in page.notes]
+        parts += [console.table(columns, limits, heading=False), ""]
+    return Group(*parts)
 
 
 def _verdict(answer: Answer) -> Text:
