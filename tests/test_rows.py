@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -293,6 +293,17 @@ class Several(torch.nn.Module):
         return [second(x) * third(x.relu()), fourth(x).sum(-1), fifth(first(x).sigmoid()) + x]
 
 
+def traced(
+    parts: Sequence[torch.nn.Module], rows_in: Tensor, mapped: bool
+) -> tuple[regions.Region, tuple[Tensor, ...]]:
+    """The region of modules of one structure, mapped over all or of the first alone, and its weights."""
+    each = [regions.trace(part, [rows_in[0]]) for part in parts]
+    if not mapped:
+        return each[0], each[0].constants
+    constants = tuple(torch.stack(column) for column in zip(*[one.constants for one in each], strict=True))
+    return regions.trace(lambda *all: list(torch.vmap(each[0].graph)(*all)), [*constants, rows_in]), constants
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("least", [0, 16 * 24 * 4, 2**30])
@@ -301,11 +312,7 @@ def test_products_of_one_row_become_one_operation_where_a_matrix_is_large(bias: 
     lanes, parts = (3, [Several(bias) for _ in range(3)]) if mapped else (1, [Several(bias)])
     rows_in = torch.randn(lanes, 1, 1, 16)
     with torch.no_grad():
-        each = [regions.trace(part, [rows_in[0]]) for part in parts]
-        region, constants = each[0], each[0].constants
-        if mapped:
-            constants = tuple(torch.stack(column) for column in zip(*[one.constants for one in each], strict=True))
-            region = regions.trace(lambda *all: list(torch.vmap(each[0].graph)(*all)), [*constants, rows_in])
+        region, constants = traced(parts, rows_in, mapped)
         made = regions.lowered(region.graph, lambda matrices: matrices.numel() * 4 >= lanes * least)
         got = made(*constants, rows_in if mapped else rows_in[0])
         for lane, part in enumerate(parts):
@@ -347,11 +354,7 @@ def test_a_gate_its_activation_and_what_it_gates_become_one_operation(
     parts = [Gate(rows.ACTIVATIONS[activation], bias) for _ in range(3 if mapped else 1)]
     rows_in = torch.randn(len(parts), 1, 1, 16)
     with torch.no_grad():
-        each = [regions.trace(part, [rows_in[0]]) for part in parts]
-        region, constants = each[0], each[0].constants
-        if mapped:
-            constants = tuple(torch.stack(column) for column in zip(*[one.constants for one in each], strict=True))
-            region = regions.trace(lambda *all: list(torch.vmap(each[0].graph)(*all)), [*constants, rows_in])
+        region, constants = traced(parts, rows_in, mapped)
         made = regions.lowered(region.graph, lambda matrices: True)
         got = made(*constants, rows_in if mapped else rows_in[0])[0]
         for lane, part in enumerate(parts):

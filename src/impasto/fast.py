@@ -184,13 +184,11 @@ def _copied_bytes(model: nn.Module) -> int:
 
     None are where no heads share them, or where attention is ours and reads them as they are.
     """
-    if shares(model):
-        return 0
     try:
         found = heads(model)
     except UnsupportedModel:
         return 0
-    if found.queries == found.keys:
+    if found.queries == found.keys or shares(model):
         return 0
     return 2 * found.queries * found.width * next(model.parameters()).element_size()
 

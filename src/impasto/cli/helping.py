@@ -27,25 +27,23 @@ def _valueless(option: Any) -> Any:
     return option
 
 
-class Command(TyperCommand):
+class _Readable:
+    """What commands, and groups of them, have in common: such a help."""
+
+    params: list[Any]
+
+    def __init__(self, *args: Any, help: str | None = None, **rest: Any) -> None:
+        super().__init__(*args, help=flowing(help), **rest)  # type: ignore[call-arg]
+        self.params = [_valueless(option) for option in self.params]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option `--help` itself."""
+        return _valueless(super().get_help_option(ctx))  # type: ignore[misc]
+
+
+class Command(_Readable, TyperCommand):
     """A command with such a help."""
 
-    def __init__(self, *args: Any, help: str | None = None, **rest: Any) -> None:
-        super().__init__(*args, help=flowing(help), **rest)
-        self.params = [_valueless(option) for option in self.params]
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """The option `--help` itself."""
-        return _valueless(super().get_help_option(ctx))
-
-
-class Group(TyperGroup):
+class Group(_Readable, TyperGroup):
     """Commands that have a name together, with such a help."""
-
-    def __init__(self, *args: Any, help: str | None = None, **rest: Any) -> None:
-        super().__init__(*args, help=flowing(help), **rest)
-        self.params = [_valueless(option) for option in self.params]
-
-    def get_help_option(self, ctx: Any) -> Any:
-        """The option `--help` itself."""
-        return _valueless(super().get_help_option(ctx))
