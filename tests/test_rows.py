@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from impasto import regions, rows
+from impasto import lowering, regions, rows
 
 SHAPES = [  # batch, heads, key heads, columns, width, width of a value
     (1, 14, 2, 100, 64, 64),
@@ -183,6 +183,13 @@ def test_operations_are_what_they_say() -> None:
     torch.library.opcheck(rows.multiply, (row, matrix, torch.randn(3, 7)), test_utils=checks)
     torch.library.opcheck(rows.multiply_several, (row, [matrix, matrix[:, :2]], []), test_utils=checks)
     torch.library.opcheck(rows.multiply_gated, (row, matrix, matrix + 1, None, None, "silu"), test_utils=checks)
+    torch.library.opcheck(rows.multiply, (row[:1], matrix, None, torch.randn(1, 7)), test_utils=checks)
+    normed = (torch.randn(1, 16), 1e-5)
+    torch.library.opcheck(rows.multiply_several, (row, [matrix, matrix], [], *normed), test_utils=checks)
+    torch.library.opcheck(rows.multiply_gated, (row, matrix, matrix, None, None, "silu", *normed), test_utils=checks)
+    parts, slots = [torch.randn(3, size, 16) for size in (16, 8, 8)], [torch.randn(3, 1, 2, 9, 4) for _ in range(2)]
+    given = (row, parts, [], *normed, torch.randn(4), torch.randn(4), *slots, torch.tensor([5]))
+    torch.library.opcheck(rows.multiply_turned, given, test_utils=checks)
 
 
 def test_in_double_precision() -> None:
@@ -192,7 +199,7 @@ def test_in_double_precision() -> None:
     row = torch.randn(1, 16, dtype=torch.float64)
     with torch.no_grad():
         region = regions.trace(lambda x: [linear(x)], [row])
-        for graph in (region.graph, regions.lowered(region.graph)):
+        for graph in (region.graph, lowering.lowered(region.graph)):
             torch.testing.assert_close(graph(*region.constants, row)[0], linear(row))
 
 
@@ -204,12 +211,12 @@ def places(graph: fx.GraphModule) -> list[str]:
 @given(st.integers(1, 3), st.integers(0, 2**31), st.booleans(), st.booleans())
 def test_the_largest_in_two_stages(batch: int, seed: int, ties: bool, broken: bool) -> None:
     torch.manual_seed(seed)
-    entries = torch.randn(batch, regions.WIDE + 100)
+    entries = torch.randn(batch, lowering.WIDE + 100)
     entries = entries.mul(2).round() if ties else entries
     if broken:
         entries[-1, seed % 4000] = torch.nan
     graph = make_fx(lambda x: list(x.max(-1)))(entries)
-    made = regions.lowered(graph)
+    made = lowering.lowered(graph)
     assert "aten.max.dim" in places(graph) and "aten.max.dim" not in places(made)
     values, at = made(entries)
     torch.testing.assert_close(values, entries.max(-1).values, equal_nan=True)
@@ -220,7 +227,7 @@ def test_the_largest_in_two_stages(batch: int, seed: int, ties: bool, broken: bo
 
 def test_small_maxima_and_those_of_other_dimensions_stay() -> None:
     for entries, dim in ((torch.randn(2, 50), -1), (torch.randn(5000, 2), 0)):
-        made = regions.lowered(make_fx(lambda x: list(x.max(dim)))(entries))  # noqa: B023
+        made = lowering.lowered(make_fx(lambda x: list(x.max(dim)))(entries))  # noqa: B023
         assert "aten.max.dim" in places(made)
 
 
@@ -232,7 +239,7 @@ def test_traced_products_of_one_row_stay_whole_until_they_are_compiled(bias: boo
     with torch.no_grad():
         region = regions.trace(lambda x: [linear(x).relu()], [row])
         assert "impasto.multiply.default" in places(region.graph)
-        made = regions.lowered(region.graph)
+        made = lowering.lowered(region.graph)
         assert "impasto.multiply.default" not in places(made)
         for graph in (region.graph, made):
             torch.testing.assert_close(graph(*region.constants, row)[0], linear(row).relu())
@@ -244,8 +251,8 @@ def test_a_lowered_graph_holds_no_weights() -> None:
     linear = torch.nn.Linear(16, 24)
     with torch.no_grad():
         region = regions.trace(lambda x: [linear(x)], [torch.randn(1, 16)])
-    held = [x for x in vars(regions.lowered(region.graph)).values() if isinstance(x, Tensor)]
-    assert not held and not list(regions.lowered(region.graph).parameters())
+    held = [x for x in vars(lowering.lowered(region.graph)).values() if isinstance(x, Tensor)]
+    assert not held and not list(lowering.lowered(region.graph).parameters())
 
 
 @pytest.mark.parametrize("turn", [lambda w: w.permute(0, 1), lambda w: w.transpose(0, 0), lambda w: w.transpose(-2, 0)])
@@ -273,7 +280,7 @@ def test_nothing_is_read_across_a_change_in_place() -> None:
     for function, inputs in ((changed, [torch.randn(16)]), (written, example((1, 4, 2, 20, 16, 16)))):
         with torch.no_grad():
             region = regions.trace(function, [x.clone() for x in inputs])
-            made = regions.lowered(region.graph, lambda matrices: True)
+            made = lowering.lowered(region.graph, lambda *matrices: True)
             wanted = function(*[x.clone() for x in inputs])
             got = made(*region.constants, *[x.clone() for x in inputs])
         for x, y in zip(got, wanted, strict=False):
@@ -313,7 +320,7 @@ def test_products_of_one_row_become_one_operation_where_a_matrix_is_large(bias: 
     rows_in = torch.randn(lanes, 1, 1, 16)
     with torch.no_grad():
         region, constants = traced(parts, rows_in, mapped)
-        made = regions.lowered(region.graph, lambda matrices: matrices.numel() * 4 >= lanes * least)
+        made = lowering.lowered(region.graph, lambda *matrices: max(x.numel() for x in matrices) * 4 >= lanes * least)
         got = made(*constants, rows_in if mapped else rows_in[0])
         for lane, part in enumerate(parts):
             for x, y in zip(got, part(rows_in[lane]), strict=False):
@@ -355,14 +362,14 @@ def test_a_gate_its_activation_and_what_it_gates_become_one_operation(
     rows_in = torch.randn(len(parts), 1, 1, 16)
     with torch.no_grad():
         region, constants = traced(parts, rows_in, mapped)
-        made = regions.lowered(region.graph, lambda matrices: True)
+        made = lowering.lowered(region.graph, lambda *matrices: True)
         got = made(*constants, rows_in if mapped else rows_in[0])[0]
         for lane, part in enumerate(parts):
             torch.testing.assert_close(got[lane] if mapped else got, part(rows_in[lane])[0])
     (node,) = (node for node in made.graph.nodes if str(node.target) == "impasto.multiply_gated.default")
     assert node.args[-1] == activation
     assert "impasto.multiply_several.default" not in places(made)
-    assert "impasto.multiply_gated.default" not in places(regions.lowered(region.graph))  # small matrices stay sums
+    assert "impasto.multiply_gated.default" not in places(lowering.lowered(region.graph))  # small matrices stay sums
 
 
 @pytest.mark.parametrize(
@@ -379,7 +386,7 @@ def test_a_gate_of_which_something_else_is_made_stays(case: str, one: bool) -> N
     part, row = Gate(F.silu, case=case), torch.randn(1, 1, 16)
     with torch.no_grad():
         region = regions.trace(part, [row])
-        made = regions.lowered(region.graph, lambda matrices: True)
+        made = lowering.lowered(region.graph, lambda *matrices: True)
         for x, y in zip(made(*region.constants, row), part(row), strict=True):
             torch.testing.assert_close(x, y)
     assert ("impasto.multiply_gated.default" in places(made)) == one
@@ -404,7 +411,7 @@ def test_a_gate_with_anything_else_on_its_way_stays(between: str) -> None:
     first, second, row = torch.nn.Linear(16, 24), torch.nn.Linear(16, 24), torch.randn(1, 1, 16)
     with torch.no_grad():
         region = regions.trace(lambda x: [BETWEEN[between](first(x), second(x))], [row])
-        made = regions.lowered(region.graph, lambda matrices: True)
+        made = lowering.lowered(region.graph, lambda *matrices: True)
         torch.testing.assert_close(made(*region.constants, row)[0], BETWEEN[between](first(row), second(row)))
     assert "impasto.multiply_several.default" in places(made)
     assert "impasto.multiply_gated.default" not in places(made)
@@ -421,7 +428,7 @@ def test_an_activation_that_no_kernel_knows_stays() -> None:
     part, row = Gate(torch.tanh), torch.randn(1, 1, 16)
     with torch.no_grad():
         region = regions.trace(part, [row])
-        made = regions.lowered(region.graph, lambda matrices: True)
+        made = lowering.lowered(region.graph, lambda *matrices: True)
         torch.testing.assert_close(made(*region.constants, row)[0], part(row)[0])
     assert "impasto.multiply_several.default" in places(made)
 

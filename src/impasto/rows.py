@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+OUTPUTS, COLUMNS = 512, 2048  # of matrices that are short: at most so many of at least so many
 LEAST = 2**24  # bytes of a matrix from which our kernel reads it faster than a compiler's, or a library's
 
 
@@ -36,9 +37,22 @@ def _taken(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and _kernels()
 
 
-def streamed(matrices: Tensor) -> bool:
-    """Whether products of single rows with these matrices are made by our kernel."""
-    return _taken(matrices) and matrices.numel() * matrices.element_size() >= LEAST
+def streamed(*matrices: Tensor) -> bool:
+    """Whether products of the same single rows with these matrices (lanes, outputs, columns) are made by our kernel.
+
+    One of them must be large; or they are stacked, and together no longer small; or one is short.
+    """
+    if not all(map(_taken, matrices)):
+        return False
+    sizes = [x.numel() * x.element_size() for x in matrices]
+    stacked = matrices[0].shape[0] > 1 and sum(sizes) >= LEAST // 2
+    return stacked or max(sizes) >= LEAST or any(map(short, matrices))
+
+
+def short(matrices: Tensor) -> bool:
+    """Whether matrices have few outputs of many columns each, as the first of two thin products has."""
+    size = matrices.numel() * matrices.element_size()
+    return size >= LEAST // 8 and matrices.shape[1] <= OUTPUTS and matrices.shape[2] >= COLUMNS
 
 
 def attended(query: Tensor) -> bool:
@@ -148,13 +162,14 @@ def _(info, in_dims, query, key, value, mask, scale):  # type: ignore[no-untyped
 
 
 @torch.library.custom_op("impasto::multiply", mutates_args=())
-def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None, added: Tensor | None = None) -> Tensor:
     """The product of each row with its own matrix, and what is added to it; sums are taken in float32 at least.
 
     Args:
-        rows: (lanes, columns).
+        rows: (lanes, columns), or (1, columns) for all lanes.
         matrices: (lanes, outputs, columns).
         biases: (lanes, outputs).
+        added: (lanes, outputs), added to the result, which is rounded to its type before.
 
     Returns:
         (lanes, outputs), in the type of `rows`.
@@ -162,68 +177,164 @@ def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
     if streamed(matrices):
         from impasto import streaming
 
-        return streaming.multiply(rows, [matrices], [] if biases is None else [biases])[0]
+        return streaming.multiply(rows, [matrices], [] if biases is None else [biases], added=added)[0]
     wide = torch.promote_types(rows.dtype, torch.float32)
     total = (rows[:, None].to(wide) * matrices.to(wide)).sum(-1)
-    return (total if biases is None else total + biases).to(rows.dtype)
+    result = (total if biases is None else total + biases).to(rows.dtype)
+    return result if added is None else result + added
 
 
 @multiply.register_fake
-def _(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+def _(rows: Tensor, matrices: Tensor, biases: Tensor | None, added: Tensor | None = None) -> Tensor:
     return rows.new_empty(matrices.shape[:2])
 
 
 @multiply.register_vmap
-def _(info, in_dims, rows, matrices, biases):  # type: ignore[no-untyped-def]
+def _(info, in_dims, rows, matrices, biases, added=None):  # type: ignore[no-untyped-def]
     lanes = info.batch_size
-    merged = [
-        None if x is None else _merged(x, dim, lanes) for x, dim in zip((rows, matrices, biases), in_dims, strict=True)
-    ]
+    given = (rows, matrices, biases, added)[: len(in_dims)]
+    merged = [None if x is None else _merged(x, dim, lanes) for x, dim in zip(given, in_dims, strict=True)]
     return multiply(*merged).unflatten(0, (lanes, -1)), 0
 
 
 @torch.library.custom_op(
     "impasto::multiply_several",
     mutates_args=(),
-    schema="(Tensor rows, Tensor[] matrices, Tensor[] biases) -> Tensor[]",  # torch 2.6 reads no list[Tensor]
+    # torch 2.6 reads no list[Tensor]
+    schema="(Tensor rows, Tensor[] matrices, Tensor[] biases, Tensor? scales=None, float epsilon=0.) -> Tensor[]",
 )
-def multiply_several(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+def multiply_several(
+    rows: Tensor, matrices: list[Tensor], biases: list[Tensor], scales: Tensor | None = None, epsilon: float = 0.0
+) -> list[Tensor]:
     """The products of each row with two or three matrices of its own, as `multiply` makes them.
 
     Args:
-        rows: (lanes, columns).
+        rows: (lanes, columns), or (1, columns) for all lanes.
         matrices: (lanes, outputs, columns) each.
         biases: (lanes, outputs) each, or none at all.
+        scales: (lanes or 1, columns), by which rows are multiplied once they are divided by the root of their mean
+            square (arXiv 1910.07467); None takes them as they are.
+        epsilon: what is added to the mean square.
 
     Returns:
         (lanes, outputs) for each matrix, in the type of `rows`.
     """
-    if any(map(streamed, matrices)):
+    if streamed(*matrices):
         from impasto import streaming
 
-        return streaming.multiply(rows, matrices, biases)
+        return streaming.multiply(rows, matrices, biases, norm=None if scales is None else (scales, epsilon))
+    rows = _normed(rows, scales, epsilon)
     added = [*biases, *[None] * (len(matrices) - len(biases))]
     return [multiply(rows, matrix, bias) for matrix, bias in zip(matrices, added, strict=True)]
 
 
+def _normed(rows: Tensor, scales: Tensor | None, epsilon: float) -> Tensor:
+    if scales is None:
+        return rows
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return scales * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(rows.dtype)
+
+
 @multiply_several.register_fake
-def _(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+def _(
+    rows: Tensor, matrices: list[Tensor], biases: list[Tensor], scales: Tensor | None = None, epsilon: float = 0.0
+) -> list[Tensor]:
     return [rows.new_empty(x.shape[:2]) for x in matrices]
+
+
+@torch.library.custom_op(
+    "impasto::multiply_turned",
+    mutates_args=("keys", "values"),
+    schema="(Tensor rows, Tensor[] matrices, Tensor[] biases, Tensor? scales, float epsilon, Tensor cos, Tensor sin,"
+    " Tensor(a!) keys, Tensor(b!) values, Tensor position) -> Tensor",
+)
+def multiply_turned(
+    rows: Tensor,
+    matrices: list[Tensor],
+    biases: list[Tensor],
+    scales: Tensor | None,
+    epsilon: float,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """The query of each row, turned by rotary positions; its key, turned as well, and its value go into their slots.
+
+    Args:
+        rows: as of `multiply_several`.
+        matrices: of queries, keys and values, as there.
+        biases: as there.
+        scales: as there.
+        epsilon: as there.
+        cos: (width of a head), of rotary positions that turn one half of the width by the other.
+        sin: (width), with `cos`.
+        keys: (..., key heads, columns, width), contiguous, where ... stands for the lanes; changed in place.
+        values: (..., key heads, columns, width), the same.
+        position: (1), the column that is written.
+
+    Returns:
+        (lanes, heads times width), in the type of `rows`.
+    """
+    if streamed(*matrices):
+        from impasto import streaming
+
+        norm = None if scales is None else (scales, epsilon)
+        return streaming.multiply(rows, matrices, biases, norm=norm, turned=(cos, sin, keys, values, position))[0]
+    query, key, value = multiply_several(rows, matrices, biases, scales, epsilon)
+    lanes, width = matrices[0].shape[0], keys.shape[-1]
+    query, key = (_turned(x.view(lanes, -1, width), cos, sin) for x in (query, key))
+    for slots, new in ((keys, key), (values, value)):
+        slots.view(lanes, -1, *slots.shape[-2:]).index_copy_(2, position, new.view(lanes, -1, 1, width))
+    return query.flatten(1)
+
+
+@multiply_turned.register_fake
+def _(
+    rows: Tensor,
+    matrices: list[Tensor],
+    biases: list[Tensor],
+    scales: Tensor | None,
+    epsilon: float,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+) -> Tensor:
+    return rows.new_empty(matrices[0].shape[:2])
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions applied to (..., width), as transformers does it, but rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first, second = x.to(wide).chunk(2, -1)
+    return (x.to(wide) * cos.to(wide) + torch.cat([-second, first], -1) * sin.to(wide)).to(x.dtype)
 
 
 @torch.library.custom_op("impasto::multiply_gated", mutates_args=())
 def multiply_gated(
-    rows: Tensor, gates: Tensor, matrices: Tensor, gate_biases: Tensor | None, biases: Tensor | None, activation: str
+    rows: Tensor,
+    gates: Tensor,
+    matrices: Tensor,
+    gate_biases: Tensor | None,
+    biases: Tensor | None,
+    activation: str,
+    scales: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> Tensor:
     """The product of each row with its own matrix, times what an activation makes of its product with another one.
 
     Args:
-        rows: (lanes, columns).
+        rows: (lanes, columns), or (1, columns) for all lanes.
         gates: (lanes, outputs, columns), whose products are activated.
         matrices: (lanes, outputs, columns).
         gate_biases: (lanes, outputs), with `gates`.
         biases: (lanes, outputs), with `matrices`; none without the other.
         activation: one of `ACTIVATIONS`.
+        scales: as of `multiply_several`.
+        epsilon: with it.
 
     Returns:
         (lanes, outputs), in the type of `rows`, to which both products and the activated one are rounded, too.
@@ -234,17 +345,25 @@ def multiply_gated(
     added = [x for x in (gate_biases, biases) if x is not None]
     if len(added) == 1:
         raise RuntimeError("a gate and what it gates have biases both, or neither has")
-    if streamed(gates):
+    if streamed(gates, matrices):
         from impasto import streaming
 
-        return streaming.multiply(rows, [gates, matrices], added, activation)[0]
-    products: list[Tensor] = multiply_several(rows, [gates, matrices], added)
+        norm = None if scales is None else (scales, epsilon)
+        return streaming.multiply(rows, [gates, matrices], added, activation, norm)[0]
+    products: list[Tensor] = multiply_several(rows, [gates, matrices], added, scales, epsilon)
     return ACTIVATIONS[activation](products[0]) * products[1]
 
 
 @multiply_gated.register_fake
 def _(
-    rows: Tensor, gates: Tensor, matrices: Tensor, gate_biases: Tensor | None, biases: Tensor | None, activation: str
+    rows: Tensor,
+    gates: Tensor,
+    matrices: Tensor,
+    gate_biases: Tensor | None,
+    biases: Tensor | None,
+    activation: str,
+    scales: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> Tensor:
     return rows.new_empty(matrices.shape[:2])
 

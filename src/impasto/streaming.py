@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+FEW = 1024  # programs that each have many columns to read, where more warps are better
 PROGRAMS = 264  # of attention that keep a large GPU busy: twice its multiprocessors
 MANY = 8 * PROGRAMS  # of them are more than it begins at once
 SHORT = 32  # columns of a part, where that makes no more programs than these
@@ -30,7 +31,8 @@ def _attend(  # type: ignore[no-untyped-def]
     query_row, query_head, key_row, key_head, key_column, value_row, value_head, value_column,
     mask_row, mask_head, mask_column,
     WIDTH: tl.constexpr, VALUES: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr, ONCE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, ONCE: tl.constexpr, MASK: tl.constexpr, ALIKE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one row and key head: what its heads see there, their largest scores, the sums of weights."""
     row, part = tl.program_id(0), tl.program_id(1)
@@ -53,7 +55,15 @@ def _attend(  # type: ignore[no-untyped-def]
         inside = column < end
         seen = live[:, None] & inside[None, :]
         added = tl.zeros([PAIRS, BLOCK], tl.float32)
-        if MASK != 0:
+        shown = inside  # to some head
+        if ALIKE:
+            at = mask + (text % masks) * mask_row + column * mask_column
+            if MASK == 1:
+                shown = inside & (tl.load(at, mask=inside, other=0) != 0)
+                seen = live[:, None] & shown[None, :]
+            else:
+                added += tl.load(at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        elif MASK != 0:
             read = tl.load(
                 mask + (text % masks) * mask_row + head[:, None] * mask_head + column[None, :] * mask_column,
                 mask=seen,
@@ -61,11 +71,12 @@ def _attend(  # type: ignore[no-untyped-def]
             )
             if MASK == 1:
                 seen = seen & (read != 0)
+                shown = tl.max(seen.to(tl.int32), 0) > 0
             else:
                 added = read.to(tl.float32)
         wanted = inside
         if not ONCE:  # a later block waits for its mask, and is not read if nobody sees it
-            wanted = inside & (tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0)
+            wanted = inside & (tl.max(shown.to(tl.int32), 0) > 0)
         keys = tl.load(
             key + text * key_row + group * key_head + column.to(tl.int64)[None, :] * key_column + wide[:, None],
             mask=wanted[None, :] & (wide < WIDTH)[:, None],
@@ -77,7 +88,7 @@ def _attend(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         if MASK == 1:  # what nobody sees may be anything, and 0 times anything is not always 0
-            values = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], values, 0.0)
+            values = tl.where(shown[:, None], values, 0.0)
         scores = tl.dot(asked, keys.to(asked.dtype), input_precision=PRECISION) * scale + added
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -154,29 +165,38 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
                     heads, shared, columns, span, masks, scale,
                     query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], *strides,
                     WIDTH=width, VALUES=values, WIDE=_power(width), TALL=_power(values), PAIRS=_power(shared),
-                    BLOCK=block, ONCE=span <= block, MASK=how,
+                    BLOCK=block, ONCE=span <= block, MASK=how, ALIKE=how > 0 and strides[1] == 0,
                     PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages, num_warps=warps,
                 )  # fmt: skip
                 break
         else:
             return None
+        read = _power(parts) * _power(values)
         _join[rows, shared](
-            mixed, peaks, masses, out, parts, shared, VALUES=values, TALL=_power(values), PARTS=_power(parts)
-        )
+            mixed, peaks, masses, out, parts, shared, VALUES=values, TALL=_power(values), PARTS=_power(parts),
+            num_warps=min(max(read // 2048, 1), 4),
+        )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["first_outputs", "second_outputs", "third_outputs"])  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
-    row, first, second, third, first_bias, second_bias, third_bias, first_out, second_out, third_out,
-    first_outputs, second_outputs, third_outputs, row_lane, matrix_lane, matrix_output, bias_lane,
+    row, first, second, third, first_bias, second_bias, third_bias, first_out, second_out, third_out, scales, added,
+    cos, sin, position, slots,
+    first_outputs, second_outputs, third_outputs, row_lane, matrix_lane, matrix_output, bias_lane, scale_lane,
+    added_lane, epsilon,
     COUNT: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    GATE: tl.constexpr,
+    GATE: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Some entries of one lane's product with one of several matrices, or with two of which the first is a gate."""
+    """Some entries of one lane's product with one of several matrices, or with two of which the first is a gate.
+
+    Where heads of a width TURNED are turned by rotary positions, the two entries of a program belong together; a key
+    and a value go to their column in the slots.
+    """
     lane = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     matrix, bias, out, outputs = first, first_bias, first_out, first_outputs
+    which = 0
     if GATE is not None:
         matrix += lane * outputs * COLUMNS
         second += lane * outputs * COLUMNS
@@ -186,21 +206,28 @@ def _multiply(  # type: ignore[no-untyped-def]
         blocks = tl.cdiv(first_outputs, ROWS)
         if block >= blocks:
             matrix, bias, out, outputs = second, second_bias, second_out, second_outputs
+            which = 1
             block -= blocks
             if COUNT > 2:
                 blocks = tl.cdiv(second_outputs, ROWS)
                 if block >= blocks:
                     matrix, bias, out, outputs = third, third_bias, third_out, third_outputs
+                    which = 2
                     block -= blocks
         matrix += lane * outputs * COLUMNS
         bias += lane * outputs
     else:
         matrix += lane * matrix_lane
         bias += lane * bias_lane
-    output = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    number = tl.arange(0, ROWS)
+    output = block.to(tl.int64) * ROWS + number
+    if TURNED > 0:
+        half: tl.constexpr = TURNED // 2
+        output = (block // half).to(tl.int64) * TURNED + block % half + number * half
     there = output < outputs
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     gated = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
     for begin in tl.static_range(0, COLUMNS, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         inside = column < COLUMNS
@@ -213,14 +240,21 @@ def _multiply(  # type: ignore[no-untyped-def]
         if GATE is not None:
             other = tl.load(second + place, mask=read, other=0.0, eviction_policy="evict_first")
         factor = tl.load(row + lane * row_lane + column, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            squares += factor * factor
+            factor *= tl.load(scales + lane * scale_lane + column, mask=inside, other=0.0).to(tl.float32)
         total += weight.to(tl.float32) * factor[None, :]
         if GATE is not None:
             gated += other.to(tl.float32) * factor[None, :]
     result = tl.sum(total, 1)
+    size = 1.0
+    if SCALED:
+        size = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + epsilon)
+        result *= size
     if BIAS:
         result += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)
     if GATE is not None:  # every step is rounded, as it is where each is an operation of its own
-        value = tl.sum(gated, 1)
+        value = tl.sum(gated, 1) * size
         if BIAS:
             value += tl.load(second_bias + output, mask=there, other=0.0).to(tl.float32)
         value = value.to(out.dtype.element_ty).to(tl.float32)
@@ -236,40 +270,85 @@ def _multiply(  # type: ignore[no-untyped-def]
             tl.static_assert(GATE == "relu")
             result = tl.where(result < 0, 0.0, result)  # a maximum would hide what is no number
         result = result.to(out.dtype.element_ty).to(tl.float32) * value
-    tl.store(out + lane * outputs + output, result.to(out.dtype.element_ty), mask=there)
+    if ADDED:
+        result = result.to(out.dtype.element_ty).to(tl.float32)
+        result += tl.load(added + lane * added_lane + output, mask=there, other=0.0).to(tl.float32)
+    at = lane * outputs + output
+    if TURNED > 0:
+        inner = output % TURNED
+        result = result.to(out.dtype.element_ty).to(tl.float32)
+        other = tl.sum(tl.where(number[:, None] == number[None, :], 0.0, result[None, :]), 1)
+        turn = tl.load(cos + inner).to(tl.float32)
+        cross = tl.load(sin + inner).to(tl.float32)
+        turned = result * turn + tl.where(number == 0, -other, other) * cross
+        result = tl.where(which < 2, turned, result)
+        column = tl.load(position)
+        at = tl.where(which > 0, ((at // TURNED) * slots + column) * TURNED + inner, at)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=there)
+
+
+Turned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def multiply(
-    rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor], gate: str | None = None
+    rows: Tensor,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gate: str | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    added: Tensor | None = None,
+    turned: Turned | None = None,
 ) -> list[Tensor]:
     """Products with one to three matrices by one kernel; arguments and result as of `impasto.rows.multiply_several`.
 
     With a gate, one of `impasto.rows.ACTIVATIONS`, there are two matrices of one shape and one result, as of
     `impasto.rows.multiply_gated`.
 
-    How a program reads follows from the number of columns alone, so that all processes of a team, and all runs, take
+    What is turned are cosines, sines, and slots for keys and values with the position at which they are written, as of
+    `impasto.rows.multiply_turned`; the result is the query.
+
+    How a program reads follows from the shapes of matrices alone, so that all processes of a team, and all runs, take
     the same sums in the same order: two rows of weights at a time by one warp up to 1,024 columns, else one by four, or
     one of each matrix by eight. On one H200 this was within 3 % of the best of some twenty choices for every shape
     tried (`benchmarks/products.py`).
     """
-    columns = rows.shape[1]
+    (lanes, _, columns) = matrices[0].shape
     single = len(matrices) == 1
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     matrices = [x if single and x.stride(-1) == 1 else x.contiguous() for x in matrices]
-    added = [x.contiguous() for x in biases] or [rows]
-    made = [rows.new_empty(x.shape[:2]) for x in (matrices if gate is None else matrices[:1])]
-    first, second, third = ([*x, *[x[0]] * (3 - len(x))] for x in (matrices, added, made))
-    each, block, warps = (2, min(_power(columns), 1024), 1) if columns <= 1024 else (1, 1024, 4)
-    if gate is not None:  # one row of each matrix
-        each, block, warps = (1, block, 1) if columns <= 1024 else (1, 2048, 8)
+    offsets = [x.contiguous() for x in biases] or [rows]
+    made = [rows.new_empty(x.shape[:2]) for x in (matrices if gate is None and turned is None else matrices[:1])]
+    cos, sin, keys, values, position = (rows,) * 5 if turned is None else turned
+    made += [] if turned is None else [keys, values]
+    width, slots = (0, 0) if turned is None else (keys.shape[-1], keys.shape[-2])
+    scales, epsilon = (rows, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
+    plus = rows if added is None else added.contiguous()
+    first, second, third = ([*x, *[x[0]] * (3 - len(x))] for x in (matrices, offsets, made))
+    each, block, warps = _reading(len(matrices), lanes * max(x.shape[1] for x in matrices), columns, gate)
+    each = each if turned is None else 2
+    counts = [triton.cdiv(x.shape[1], each) for x in (matrices if gate is None else matrices[:1])]
     with torch.cuda.device(rows.device):
-        _multiply[sum(triton.cdiv(x.shape[1], each) for x in made), len(rows)](
-            rows, *first, *second, *third, *[x.shape[1] for x in first],
-            rows.stride(0), *matrices[0].stride()[:2], added[0].stride(0),
+        _multiply[sum(counts), lanes](
+            rows, *first, *second, *third, scales, plus, cos, sin, position, slots, *[x.shape[1] for x in first],
+            _lane(rows), *matrices[0].stride()[:2], offsets[0].stride(0), _lane(scales), _lane(plus), epsilon,
             COUNT=len(matrices), COLUMNS=columns, BIAS=bool(biases), ROWS=each, BLOCK=block,
-            GATE=gate, num_warps=warps,
+            GATE=gate, SCALED=norm is not None, ADDED=added is not None, TURNED=width, num_warps=warps,
         )  # fmt: skip
     return made
+
+
+def _lane(rows: Tensor) -> int:
+    """How far one lane's row is from the next one's; one row may be all lanes'."""
+    return rows.stride(0) if len(rows) > 1 else 0
+
+
+def _reading(count: int, programs: int, columns: int, gate: str | None) -> tuple[int, int, int]:
+    """How many rows of weights and columns a program reads at once, and its warps."""
+    if gate is not None:  # one row of each matrix
+        return (1, min(_power(columns), 1024), 1) if columns <= 1024 else (1, 2048, 8)
+    if columns <= 1024:
+        return 2, min(_power(columns), 1024 if count == 1 else 512), 1
+    return (1, 4096, 8) if programs <= FEW and columns >= 2048 else (1, 1024, 4)
 
 
 def _power(size: int) -> int:
