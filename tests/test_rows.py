@@ -192,6 +192,22 @@ def test_operations_are_what_they_say() -> None:
     torch.library.opcheck(rows.multiply_turned, given, test_utils=checks)
 
 
+def test_one_row_for_all_lanes_of_each_branch() -> None:
+    row, matrices, added = torch.randn(2, 1, 5), torch.randn(2, 3, 4, 5), torch.randn(2, 1, 4)
+    made = torch.vmap(rows.multiply, in_dims=(0, 0, None, 0))(row, matrices, None, added)
+    torch.testing.assert_close(made, (matrices * row[:, :, None]).sum(-1) + added)
+    shared = torch.vmap(rows.multiply, in_dims=(None, 0, None))(row[0], matrices, None)
+    torch.testing.assert_close(shared, (matrices * row[0]).sum(-1))
+
+
+def test_slots_that_are_written_must_be_contiguous() -> None:
+    matrices, keys = [torch.randn(1, 8, 4)] * 3, torch.randn(1, 2, 4, 9).mT
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        rows.multiply_turned(
+            torch.randn(1, 4), matrices, [], None, 0.0, torch.ones(4), torch.ones(4), keys, keys, torch.tensor([1])
+        )
+
+
 def test_in_double_precision() -> None:
     query, key, value = (x.double() for x in example((2, 4, 2, 20, 16, 16)))
     torch.testing.assert_close(rows.attention(query, key, value, scale=0.3), expected(query, key, value, None))

@@ -70,6 +70,7 @@ def _turns(graph: fx.Graph) -> None:
         width = shape_of(query)[-1]
         alone = all(_reaches(part, {node, *puts}) for part in parts) and set(product.users) == set(parts)
         fits = product.target is _SEVERAL and len(product.args[1]) == 3 and shape_of(read[1])[-1] == width
+        fits = fits and not any(shape_of(part)[-1] % width for part in parts)
         ordered = all(shape_of(x)[-2:] == (1, width) for x in (turned[0][0], turned[1][0], puts[1].args[2]))
         if not alone or not fits or not ordered or moments[product] != moments[node] - 2:
             continue
@@ -105,7 +106,7 @@ def _put(node: Any, reader: fx.Node) -> Any:
     rows, heads, columns, width = shape_of(node)
     one = shape_of(source)[-3:] == (heads, 1, width) and shape_of(slot)[-3:] == (heads, columns, width)
     whole_slot = slot.meta["val"].numel() == node.meta["val"].numel() == rows * heads * columns * width
-    types = slot.meta["val"].dtype == source.meta["val"].dtype
+    types = slot.meta["val"].dtype == source.meta["val"].dtype and position.meta["val"].dtype == torch.int64
     same = source.meta["val"].numel() == rows * heads * width
     return put if one and whole_slot and types and same and _ends(put) == {reader} else None
 
@@ -121,14 +122,15 @@ def _turned(node: Any) -> tuple[Any, Any, Any] | None:
         for (kept, cos), (swapped, sin) in itertools.product(*[itertools.permutations(pair, 2) for pair in pairs]):
             half = shape_of(kept)[-1] // 2 if shape_of(kept) else 0
             numbers = all(shape_of(x) and x.meta["val"].numel() == shape_of(x)[-1] == 2 * half for x in (cos, sin))
-            if half and numbers and _swapped(swapped, kept, half) and shape_of(kept) == shape_of(node):
+            same = half and shape_of(kept) == shape_of(node) and kept.meta["val"].dtype == node.meta["val"].dtype
+            if same and numbers and _swapped(swapped, kept, half):
                 return kept, cos, sin
     return None
 
 
 def _swapped(node: Any, whole: fx.Node, half: int) -> bool:
     """Whether a node has the second half of the last dimension of another, negated, before the first."""
-    if node.target is not aten.cat.default or len(node.args[0]) != 2:
+    if getattr(node, "target", None) is not aten.cat.default or len(node.args[0]) != 2:
         return False
     last = len(shape_of(whole)) - 1
     second, first = node.args[0]
@@ -215,7 +217,7 @@ def _norms(graph: fx.Graph) -> None:
         _, row, scales, epsilon = found
         columns = shape_of(node.args[0])[-1]
         lanes = {x.meta["val"].numel() / columns for x in (row, scales)}
-        if columns > NORMED or shape_of(row)[-1] != columns or not lanes <= {1, _lanes(node)}:
+        if columns > NORMED or {shape_of(x)[-1] for x in (row, scales)} != {columns} or not lanes <= {1, _lanes(node)}:
             continue
         with graph.inserting_before(node):
             rows, scales = (_reshaped(graph, x, (x.meta["val"].numel() // columns, columns)) for x in (row, scales))
@@ -223,7 +225,7 @@ def _norms(graph: fx.Graph) -> None:
 
 
 def _norm(node: Any) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
-    """A row over the root of its mean square, times a weight: where squares are taken, row, weight, what is added."""
+    """A row over the root of its mean square, times a weight: what reads the row, row, weight, what is added."""
     if node is None or node.target is not aten.mul.Tensor:
         return None
     for scales, normed in (node.args, node.args[::-1]):
@@ -236,7 +238,7 @@ def _norm(node: Any) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
             kind = node.meta["val"].dtype
             same = found and all(x.meta["val"].dtype == kind for x in (scales, normed, row))
             if found and same and wide.meta["val"].dtype == torch.promote_types(kind, torch.float32):
-                return found[0], row, scales, found[1]
+                return found[0] if wide is row else wide, row, scales, found[1]
     return None
 
 
@@ -248,7 +250,7 @@ def _root(node: Any, row: Any) -> tuple[fx.Node, float] | None:
         if target is aten.add.Tensor:
             epsilon = node.args[1]
         elif target is aten.mean.dim and (
-            list(node.args[1]) not in ([-1], [len(shape_of(row)) - 1]) or not node.args[2:]
+            list(node.args[1] or ()) not in ([-1], [len(shape_of(row)) - 1]) or not node.args[2:]
         ):
             return None
         squares, node = node, node.args[0]

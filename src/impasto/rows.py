@@ -169,7 +169,7 @@ def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None, added: Tenso
         rows: (lanes, columns), or (1, columns) for all lanes.
         matrices: (lanes, outputs, columns).
         biases: (lanes, outputs).
-        added: (lanes, outputs), added to the result, which is rounded to its type before.
+        added: (lanes or 1, outputs), added to the result, which is rounded to its type before.
 
     Returns:
         (lanes, outputs), in the type of `rows`.
@@ -194,6 +194,8 @@ def _(info, in_dims, rows, matrices, biases, added=None):  # type: ignore[no-unt
     lanes = info.batch_size
     given = (rows, matrices, biases, added)[: len(in_dims)]
     merged = [None if x is None else _merged(x, dim, lanes) for x, dim in zip(given, in_dims, strict=True)]
+    count = lanes * matrices.shape[0 if in_dims[1] is None else 1 if in_dims[1] == 0 else 0]
+    merged = [x if x is None or len(x) == count else x.repeat_interleave(count // lanes, 0) for x in merged]
     return multiply(*merged).unflatten(0, (lanes, -1)), 0
 
 
@@ -272,16 +274,22 @@ def multiply_turned(
         sin: (width), with `cos`.
         keys: (..., key heads, columns, width), contiguous, where ... stands for the lanes; changed in place.
         values: (..., key heads, columns, width), the same.
-        position: (1), the column that is written.
+        position: (1), the column that is written, from the end if it is negative.
 
     Returns:
         (lanes, heads times width), in the type of `rows`.
+
+    Raises:
+        RuntimeError: slots that are not contiguous.
     """
+    if not keys.is_contiguous() or not values.is_contiguous():
+        raise RuntimeError("slots that are written in place must be contiguous")
     if streamed(*matrices):
         from impasto import streaming
 
         norm = None if scales is None else (scales, epsilon)
         return streaming.multiply(rows, matrices, biases, norm=norm, turned=(cos, sin, keys, values, position))[0]
+    position = torch.where(position < 0, position + keys.shape[-2], position)
     query, key, value = multiply_several(rows, matrices, biases, scales, epsilon)
     lanes, width = matrices[0].shape[0], keys.shape[-1]
     query, key = (_turned(x.view(lanes, -1, width), cos, sin) for x in (query, key))

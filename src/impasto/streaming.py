@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-FEW = 1024  # programs that each have many columns to read, where more warps are better
+FEW = 1024  # outputs, where a program that has many columns to read does better with more warps
 PROGRAMS = 264  # of attention that keep a large GPU busy: twice its multiprocessors
 MANY = 8 * PROGRAMS  # of them are more than it begins at once
 SHORT = 32  # columns of a part, where that makes no more programs than these
@@ -283,6 +283,8 @@ def _multiply(  # type: ignore[no-untyped-def]
         turned = result * turn + tl.where(number == 0, -other, other) * cross
         result = tl.where(which < 2, turned, result)
         column = tl.load(position)
+        column = tl.where(column < 0, column + slots, column)
+        there = there & ((which == 0) | ((column >= 0) & (column < slots)))
         at = tl.where(which > 0, ((at // TURNED) * slots + column) * TURNED + inner, at)
     tl.store(out + at, result.to(out.dtype.element_ty), mask=there)
 
@@ -308,17 +310,24 @@ def multiply(
     `impasto.rows.multiply_turned`; the result is the query.
 
     How a program reads follows from the shapes of matrices alone, so that all processes of a team, and all runs, take
-    the same sums in the same order: two rows of weights at a time by one warp up to 1,024 columns, else one by four, or
-    one of each matrix by eight. On one H200 this was within 3 % of the best of some twenty choices for every shape
+    the same sums in the same order. On one H200 this was within 3 % of the best of some twenty choices for every shape
     tried (`benchmarks/products.py`).
+
+    Raises:
+        RuntimeError: neither one row nor one for each lane.
     """
-    (lanes, _, columns) = matrices[0].shape
+    lanes, _, columns = matrices[0].shape
+    per_lane = [rows, *([] if norm is None else norm[:1]), *([] if added is None else [added])]
+    if any(len(x) not in (1, lanes) for x in per_lane):
+        raise RuntimeError(f"{[len(x) for x in per_lane]} rows for {lanes} lanes")
     single = len(matrices) == 1
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     matrices = [x if single and x.stride(-1) == 1 else x.contiguous() for x in matrices]
     offsets = [x.contiguous() for x in biases] or [rows]
     made = [rows.new_empty(x.shape[:2]) for x in (matrices if gate is None and turned is None else matrices[:1])]
-    cos, sin, keys, values, position = (rows,) * 5 if turned is None else turned
+    cos, sin, keys, values, position = (
+        (rows,) * 5 if turned is None else (*map(Tensor.contiguous, turned[:2]), *turned[2:])
+    )
     made += [] if turned is None else [keys, values]
     width, slots = (0, 0) if turned is None else (keys.shape[-1], keys.shape[-2])
     scales, epsilon = (rows, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
@@ -342,13 +351,20 @@ def _lane(rows: Tensor) -> int:
     return rows.stride(0) if len(rows) > 1 else 0
 
 
-def _reading(count: int, programs: int, columns: int, gate: str | None) -> tuple[int, int, int]:
-    """How many rows of weights and columns a program reads at once, and its warps."""
+def _reading(count: int, outputs: int, columns: int, gate: str | None) -> tuple[int, int, int]:
+    """How many rows of weights and columns a program reads at once, and its warps.
+
+    Args:
+        count: matrices.
+        outputs: of the largest matrix, in all lanes.
+        columns: of each.
+        gate: the activation of the first, if it gates the second.
+    """
     if gate is not None:  # one row of each matrix
         return (1, min(_power(columns), 1024), 1) if columns <= 1024 else (1, 2048, 8)
     if columns <= 1024:
         return 2, min(_power(columns), 1024 if count == 1 else 512), 1
-    return (1, 4096, 8) if programs <= FEW and columns >= 2048 else (1, 1024, 4)
+    return (1, 4096, 8) if outputs <= FEW and columns >= 2048 else (1, 1024, 4)
 
 
 def _power(size: int) -> int:
