@@ -90,7 +90,14 @@ def _turns(graph: fx.Graph) -> None:
 
 def _reaches(node: fx.Node, ends: set[Any]) -> bool:
     """Whether everything that is made of a node's values is made for these ends."""
-    return all(user in ends or (bool(user.users) and _reaches(user, ends)) for user in node.users)
+    waiting, seen = [node], {node}
+    while waiting:
+        users = waiting.pop().users.keys() - ends
+        if any(not user.users for user in users):
+            return False
+        waiting += users - seen
+        seen |= users
+    return True
 
 
 def _put(node: Any, reader: fx.Node) -> Any:
