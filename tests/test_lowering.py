@@ -253,7 +253,9 @@ def test_kernels_that_norm_add_and_turn(columns: int, one: bool, bias: bool, dty
     doubles: Callable[..., Any] = lambda some: [x.double() for x in some]  # noqa: E731
     wide = (row.double(), doubles(matrices), doubles(biases), scales.double(), 1e-5)
     products = rows.multiply_several(*wide)
-    for got, wanted in zip(streaming.multiply(row, matrices, biases, norm=(scales, 1e-5)), products, strict=True):
+    for got, wanted in zip(
+        streaming.multiply(row, matrices, biases, scales=scales, epsilon=1e-5), products, strict=True
+    ):
         close(got, wanted)
     (got,) = streaming.multiply(row, matrices[:1], biases[:1], added=added)
     close(got, rows.multiply_several(wide[0], wide[1][:1], wide[2][:1])[0] + added.double())
@@ -261,6 +263,6 @@ def test_kernels_that_norm_add_and_turn(columns: int, one: bool, bias: bool, dty
     slots = doubles((keys, values))
     wanted = rows.multiply_turned(*wide, cos.double(), sin.double(), *slots, position)
     turned = (cos, sin, keys, values, position)
-    (got, *_) = streaming.multiply(row, matrices, biases, norm=(scales, 1e-5), turned=turned)
+    (got, *_) = streaming.multiply(row, matrices, biases, scales=scales, epsilon=1e-5, turned=turned)
     for x, y in ((got, wanted), (keys, slots[0]), (values, slots[1])):
         close(x, y)

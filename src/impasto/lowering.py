@@ -49,43 +49,52 @@ def lowered(graph: fx.GraphModule, streams: Callable[..., bool] = rows.streamed)
 
 def _turns(graph: fx.Graph) -> None:
     """Make one operation of products for query, key and value, of rotary positions, and of writing into slots."""
-    moments = _moments(graph)
+    changed = moments(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not _ATTEND:
             continue
         query, *read = node.args[:3]
         puts = [_put(x, node) for x in read]
-        if not all(puts) or puts[0].args[1] != puts[1].args[1] or moments[node] != moments[puts[0]] + 1:
+        product, *turn = _rotary(node, puts) if all(puts) else (None,)
+        if product is None or [changed[x] - changed[node] for x in (product, *puts)] != [-2, -1, 0]:
             continue
-        turned: list[Any] = [_turned(_plain(x)) for x in (query, puts[0].args[2])]
-        if not all(turned) or any(
-            origin(x) is not origin(y) for x, y in zip(turned[0][1:], turned[1][1:], strict=True)
-        ):
-            continue
-        parts = [_plain(x) for x in (turned[0][0], turned[1][0], puts[1].args[2])]
-        products = {part.args[0] for part in parts if part.target is operator.getitem}
-        if [part.args[1] for part in parts if part.target is operator.getitem] != [0, 1, 2] or len(products) != 1:
-            continue
-        (product,) = products
-        width = shape_of(query)[-1]
-        alone = all(_reaches(part, {node, *puts}) for part in parts) and set(product.users) == set(parts)
-        fits = product.target is _SEVERAL and len(product.args[1]) == 3 and shape_of(read[1])[-1] == width
-        fits = fits and not any(shape_of(part)[-1] % width for part in parts)
-        ordered = all(shape_of(x)[-2:] == (1, width) for x in (turned[0][0], turned[1][0], puts[1].args[2]))
-        if not alone or not fits or not ordered or moments[product] != moments[node] - 2:
-            continue
+        slots, (*_, position) = [put.args[0] for put in puts], puts[0].args[1]
         given = (*product.args, *(None, 0.0)[len(product.args) - 3 :])
         with graph.inserting_before(node):
-            cos, sin = (_reshaped(graph, _plain(x), (width,)) for x in turned[0][1:])
-            slots = [put.args[0] for put in puts]
-            made = graph.call_function(_TURNED, (*given, cos, sin, *slots, puts[0].args[1][-1]))
-            made.meta["val"] = parts[0].meta["val"]
+            cos, sin = (_reshaped(graph, origin(x), shape_of(x)[-1:]) for x in turn)
+            made = graph.call_function(_TURNED, (*given, cos, sin, *slots, position))
+            made.meta["val"] = product.args[1][0].meta["val"].new_empty(shape_of(product.args[1][0])[:2])
             reads = [_reshaped(graph, x, shape_of(y)) for x, y in zip((made, *slots), (query, *read), strict=True)]
         node.args = (*reads, *node.args[3:])
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code()  # what showed the slots
         for put in puts:
             graph.erase_node(put)
-        graph.eliminate_dead_code()
+
+
+def _rotary(node: fx.Node, puts: list[Any]) -> tuple[Any, ...]:
+    """The operation that makes an attention's query, key and value and nothing else, cosines and sines; or None."""
+    given: Any = node.args
+    width, (key, value) = shape_of(given[2])[-1], [put.args[2] for put in puts]
+    turned: list[Any] = [_turned(origin(x)) for x in (given[0], key)]
+    if not all(turned):
+        return (None,)
+    (query, *turn), (key, *same) = turned
+    heads = (query, key, value)
+    parts = [origin(x) for x in heads]
+    if [part.args[1] if part.target is operator.getitem else None for part in parts] != [0, 1, 2]:
+        return (None,)
+    product: Any = parts[0].args[0]
+    known = (
+        product.target is _SEVERAL
+        and set(product.users) == set(parts)
+        and all(_reaches(part, {node, *puts}) for part in parts)
+        and [origin(x) for x in turn] == [origin(x) for x in same]
+        and puts[0].args[1] == puts[1].args[1]
+    )
+    fits = all(
+        shape_of(x)[-2:] == (1, width) and shape_of(y)[-1] % width == 0 for x, y in zip(heads, parts, strict=True)
+    )
+    return (product, *turn) if known and fits else (None,)
 
 
 def _reaches(node: fx.Node, ends: set[Any]) -> bool:
@@ -102,7 +111,7 @@ def _reaches(node: fx.Node, ends: set[Any]) -> bool:
 
 def _put(node: Any, reader: fx.Node) -> Any:
     """The writing of one column into a slot that is an input, which nothing but `reader` sees, as `node`; or None."""
-    put = _plain(node)
+    put: Any = origin(node)
     if put.op != "call_function" or put.target is not aten.index_put_.default or len(put.args) != 3 or put.kwargs:
         return None
     slot, index, source = put.args
@@ -154,13 +163,12 @@ def _swapped(node: Any, whole: fx.Node, half: int) -> bool:
 def _together(graph: fx.Graph, streams: Callable[..., bool]) -> None:
     """Make one operation of products of the same row with two or three matrices, if one of these is large."""
     alike: dict[tuple[fx.Node, tuple[int, ...], bool, int], list[Any]] = {}
-    writes = 0  # so far: none is passed by
+    changed = moments(graph)  # none is passed by
     for node in graph.nodes:
-        writes += changes(node)
         if node.op == "call_function" and node.target is _MULTIPLY:
             row, matrices, bias = node.args
             if matrices.meta["val"].is_contiguous() and _free(matrices) and (bias is None or _free(bias)):
-                alike.setdefault((origin(row), shape_of(row), bias is None, writes), []).append(node)
+                alike.setdefault((origin(row), shape_of(row), bias is None, changed[node]), []).append(node)
     for found in alike.values():
         for nodes in (found[first : first + 3] for first in range(0, len(found), 3)):
             if len(nodes) < 2 or not streams(*[node.args[1].meta["val"] for node in nodes]):
@@ -214,12 +222,12 @@ def _gate(active: Any, plain: Any, shape: tuple[int, ...]) -> tuple[Any, int, in
 
 def _norms(graph: fx.Graph) -> None:
     """Give products the row as it is before it is normed, and the norm, so that they do it while they read weights."""
-    moments = _moments(graph)
+    changed = moments(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in (_SEVERAL, _GATED):
             continue
         found = _norm(_alone(node.args[0]))
-        if found is None or moments[found[0]] != moments[node]:
+        if found is None or changed[found[0]] != changed[node]:
             continue
         _, row, scales, epsilon = found
         columns = shape_of(node.args[0])[-1]
@@ -271,39 +279,30 @@ def _uncast(node: Any) -> Any:
 
 def _added(graph: fx.Graph, streams: Callable[..., bool]) -> None:
     """Give products of a large matrix what they are added to, where norms inside of products read the sum."""
-    moments = _moments(graph)
+    changed = moments(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+            continue
+        if not any(map(_has_norm, _ends(node))):
             continue
         for added, plain in (node.args, node.args[::-1]):
             product = _alone(plain)
             if product is None or product.target is not _MULTIPLY or not streams(product.args[1].meta["val"]):
                 continue
-            normed = any(_has_norm(end) for end in _ends(node))
-            same = isinstance(added, fx.Node) and shape_of(plain) == shape_of(node)
-            outputs = shape_of(product)[-1]
-            same = (
-                same
-                and shape_of(added)[-1:] == (outputs,)
-                and added.meta["val"].numel() in (outputs, product.meta["val"].numel())
-            )
-            if (
-                not normed
-                or not same
-                or added.meta["val"].dtype != plain.meta["val"].dtype
-                or moments[product] != moments[node]
-            ):
+            *_, outputs = shape_of(product)
+            rows = added.meta["val"].numel() // outputs if shape_of(added)[-1:] == (outputs,) else 0
+            same = rows in (1, _lanes(product)) and added.meta["val"].dtype == plain.meta["val"].dtype
+            if not same or shape_of(plain) != shape_of(node) or changed[product] != changed[node]:
                 continue
             with graph.inserting_before(node):
-                other = _reshaped(graph, added, (added.meta["val"].numel() // outputs, outputs))
+                other = _reshaped(graph, added, (rows, outputs))
                 made = graph.call_function(_MULTIPLY, (*product.args[:3], other))
                 made.meta["val"] = product.meta["val"]
                 shown = _reshaped(graph, made, shape_of(node))
-            moments[made] = moments[shown] = moments[node]
+            changed[made] = changed[shown] = changed[node]
             node.replace_all_uses_with(shown)
             graph.erase_node(node)
             break
-    graph.eliminate_dead_code()
 
 
 def _lanes(node: Any) -> int:
@@ -320,7 +319,7 @@ def _has_norm(node: fx.Node) -> bool:
 def _alone(node: Any) -> Any:
     """The node whose values a chain of changes of shape shows, if nothing else is made of any of them; else None."""
     while isinstance(node, fx.Node) and len(node.users) == 1:
-        if node.op != "call_function" or not (node.target in RESHAPES or unmoved(node)):
+        if node.op != "call_function" or not _shows(node):
             return node
         node = node.args[0]
     return None
@@ -333,12 +332,6 @@ def _activation(node: Any) -> str | None:
     return {aten.silu.default: "silu", aten.relu.default: "relu"}.get(node.target)
 
 
-def _moments(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For every node, how often something was changed in place before it, itself included."""
-    counts = itertools.accumulate(changes(node) for node in graph.nodes)
-    return dict(zip(graph.nodes, counts, strict=True))
-
-
 def _reshaped(graph: fx.Graph, node: fx.Node, shape: tuple[int, ...]) -> fx.Node:
     """A node in another shape, inserted where nodes are inserted now."""
     if shape_of(node) == shape:
@@ -348,21 +341,16 @@ def _reshaped(graph: fx.Graph, node: fx.Node, shape: tuple[int, ...]) -> fx.Node
     return made
 
 
-def _plain(node: Any) -> Any:
-    """The node whose values, in the same order, a chain of changes of shape shows."""
-    while node.op == "call_function" and _shows(node):
-        node = node.args[0]
-    return node
-
-
 def _shows(node: fx.Node) -> bool:
     """Whether a node shows the values of its first argument in the same order."""
-    if node.target in RESHAPES or node.target is aten.alias.default or unmoved(node):
-        return True
-    if node.target is not aten.transpose.int:
-        return False
-    shape, (first, last) = shape_of(node.args[0]), sorted(int(d) % len(shape_of(node)) for d in node.args[1:])  # type: ignore[arg-type]
-    return 1 in (shape[first], shape[last]) and all(size == 1 for size in shape[first + 1 : last])
+    if node.target is aten.permute.default:
+        order: Any = node.args[1]
+        return list(order) == sorted(order)
+    if node.target is aten.transpose.int:
+        shape = shape_of(node.args[0])
+        first, last = sorted(int(d) % len(shape) for d in node.args[1:])  # type: ignore[arg-type]
+        return 1 in (shape[first], shape[last]) and all(size == 1 for size in shape[first + 1 : last])
+    return node.target in RESHAPES or node.target is aten.alias.default
 
 
 def _ends(node: fx.Node) -> set[fx.Node]:
@@ -441,25 +429,18 @@ def _two_stages(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def changes(node: fx.Node) -> bool:
-    """Whether a node changes a tensor in place."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def moments(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For every node, how often a tensor was changed in place before it, itself included."""
+    schemas = (getattr(node.target, "_schema", None) for node in graph.nodes)
+    counts = itertools.accumulate(schema is not None and schema.is_mutable for schema in schemas)
+    return dict(zip(graph.nodes, counts, strict=True))
 
 
 def origin(node: Any) -> fx.Node:
-    """The node whose values a chain of changes of shape shows."""
-    while node.op == "call_function" and (node.target in RESHAPES or unmoved(node)):
+    """The node whose values, in the same order, a chain of changes of shape shows."""
+    while node.op == "call_function" and _shows(node):
         node = node.args[0]
     return node  # type: ignore[no-any-return]
-
-
-def unmoved(node: fx.Node) -> bool:
-    """Whether a node changes the order of dimensions, and in fact changes nothing."""
-    if node.target is not aten.permute.default:
-        return False
-    order: Any = node.args[1]
-    return list(order) == sorted(order)
 
 
 def shape_of(node: Any) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from impasto import rows
-from impasto.lowering import RESHAPES, changes, lowered, shape_of
+from impasto.lowering import RESHAPES, lowered, moments, shape_of
 
 aten = torch.ops.aten
 _ATTEND = torch.ops.impasto.attend.default
@@ -128,15 +128,13 @@ def _single_rows(graph: fx.Graph) -> None:
 
 def _shared_keys(graph: fx.Graph) -> None:
     """Give attention the keys and values that heads share as they are, and not once for every head."""
-    written: dict[fx.Node, int] = {}
-    writes = 0
+    changed = moments(graph)
     for node in graph.nodes:
-        writes += changes(node)
-        written[node] = writes
         if node.op == "call_function" and node.target is _ATTEND:
             query, key, value, *rest = node.args
             once = _unrepeated(key), _unrepeated(value)
-            unwritten = written[key] == written[value] == writes  # nothing changes between a repetition and its use
+            # nothing changes between a repetition and its use
+            unwritten = changed[key] == changed[value] == changed[node]
             if all(once) and unwritten and shape_of(once[0])[1] == shape_of(once[1])[1]:
                 node.args = (query, *once, *rest)
 

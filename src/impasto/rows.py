@@ -185,7 +185,7 @@ def multiply(rows: Tensor, matrices: Tensor, biases: Tensor | None, added: Tenso
 
 
 @multiply.register_fake
-def _(rows: Tensor, matrices: Tensor, biases: Tensor | None, added: Tensor | None = None) -> Tensor:
+def _(rows, matrices, *rest):  # type: ignore[no-untyped-def]
     return rows.new_empty(matrices.shape[:2])
 
 
@@ -194,8 +194,9 @@ def _(info, in_dims, rows, matrices, biases, added=None):  # type: ignore[no-unt
     lanes = info.batch_size
     given = (rows, matrices, biases, added)[: len(in_dims)]
     merged = [None if x is None else _merged(x, dim, lanes) for x, dim in zip(given, in_dims, strict=True)]
-    count = lanes * matrices.shape[0 if in_dims[1] is None else 1 if in_dims[1] == 0 else 0]
-    merged = [x if x is None or len(x) == count else x.repeat_interleave(count // lanes, 0) for x in merged]
+    count = lanes * matrices.shape[in_dims[1] == 0]
+    # what all lanes of a branch have in common is repeated
+    merged = [x if x is None or len(x) == count else x.repeat_interleave(count // len(x), 0) for x in merged]
     return multiply(*merged).unflatten(0, (lanes, -1)), 0
 
 
@@ -224,7 +225,7 @@ def multiply_several(
     if streamed(*matrices):
         from impasto import streaming
 
-        return streaming.multiply(rows, matrices, biases, norm=None if scales is None else (scales, epsilon))
+        return streaming.multiply(rows, matrices, biases, scales=scales, epsilon=epsilon)
     rows = _normed(rows, scales, epsilon)
     added = [*biases, *[None] * (len(matrices) - len(biases))]
     return [multiply(rows, matrix, bias) for matrix, bias in zip(matrices, added, strict=True)]
@@ -238,9 +239,7 @@ def _normed(rows: Tensor, scales: Tensor | None, epsilon: float) -> Tensor:
 
 
 @multiply_several.register_fake
-def _(
-    rows: Tensor, matrices: list[Tensor], biases: list[Tensor], scales: Tensor | None = None, epsilon: float = 0.0
-) -> list[Tensor]:
+def _(rows, matrices, *rest):  # type: ignore[no-untyped-def]
     return [rows.new_empty(x.shape[:2]) for x in matrices]
 
 
@@ -287,8 +286,8 @@ def multiply_turned(
     if streamed(*matrices):
         from impasto import streaming
 
-        norm = None if scales is None else (scales, epsilon)
-        return streaming.multiply(rows, matrices, biases, norm=norm, turned=(cos, sin, keys, values, position))[0]
+        turned = (cos, sin, keys, values, position)
+        return streaming.multiply(rows, matrices, biases, scales=scales, epsilon=epsilon, turned=turned)[0]
     position = torch.where(position < 0, position + keys.shape[-2], position)
     query, key, value = multiply_several(rows, matrices, biases, scales, epsilon)
     lanes, width = matrices[0].shape[0], keys.shape[-1]
@@ -299,18 +298,7 @@ def multiply_turned(
 
 
 @multiply_turned.register_fake
-def _(
-    rows: Tensor,
-    matrices: list[Tensor],
-    biases: list[Tensor],
-    scales: Tensor | None,
-    epsilon: float,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-) -> Tensor:
+def _(rows, matrices, *rest):  # type: ignore[no-untyped-def]
     return rows.new_empty(matrices[0].shape[:2])
 
 
@@ -356,24 +344,14 @@ def multiply_gated(
     if streamed(gates, matrices):
         from impasto import streaming
 
-        norm = None if scales is None else (scales, epsilon)
-        return streaming.multiply(rows, [gates, matrices], added, activation, norm)[0]
+        return streaming.multiply(rows, [gates, matrices], added, activation, scales, epsilon)[0]
     products: list[Tensor] = multiply_several(rows, [gates, matrices], added, scales, epsilon)
     return ACTIVATIONS[activation](products[0]) * products[1]
 
 
 @multiply_gated.register_fake
-def _(
-    rows: Tensor,
-    gates: Tensor,
-    matrices: Tensor,
-    gate_biases: Tensor | None,
-    biases: Tensor | None,
-    activation: str,
-    scales: Tensor | None = None,
-    epsilon: float = 0.0,
-) -> Tensor:
-    return rows.new_empty(matrices.shape[:2])
+def _(rows, gates, *rest):  # type: ignore[no-untyped-def]
+    return rows.new_empty(gates.shape[:2])
 
 
 def _merged(x: Tensor, dim: int | None, lanes: int) -> Tensor:

@@ -297,7 +297,8 @@ def multiply(
     matrices: Sequence[Tensor],
     biases: Sequence[Tensor],
     gate: str | None = None,
-    norm: tuple[Tensor, float] | None = None,
+    scales: Tensor | None = None,
+    epsilon: float = 0.0,
     added: Tensor | None = None,
     turned: Turned | None = None,
 ) -> list[Tensor]:
@@ -317,7 +318,7 @@ def multiply(
         RuntimeError: neither one row nor one for each lane.
     """
     lanes, _, columns = matrices[0].shape
-    per_lane = [rows, *([] if norm is None else norm[:1]), *([] if added is None else [added])]
+    per_lane = [x for x in (rows, scales, added) if x is not None]
     if any(len(x) not in (1, lanes) for x in per_lane):
         raise RuntimeError(f"{[len(x) for x in per_lane]} rows for {lanes} lanes")
     single = len(matrices) == 1
@@ -330,18 +331,17 @@ def multiply(
     )
     made += [] if turned is None else [keys, values]
     width, slots = (0, 0) if turned is None else (keys.shape[-1], keys.shape[-2])
-    scales, epsilon = (rows, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
-    plus = rows if added is None else added.contiguous()
+    size, plus = (rows if x is None else x.contiguous() for x in (scales, added))
     first, second, third = ([*x, *[x[0]] * (3 - len(x))] for x in (matrices, offsets, made))
     each, block, warps = _reading(len(matrices), lanes * max(x.shape[1] for x in matrices), columns, gate)
     each = each if turned is None else 2
     counts = [triton.cdiv(x.shape[1], each) for x in (matrices if gate is None else matrices[:1])]
     with torch.cuda.device(rows.device):
         _multiply[sum(counts), lanes](
-            rows, *first, *second, *third, scales, plus, cos, sin, position, slots, *[x.shape[1] for x in first],
-            _lane(rows), *matrices[0].stride()[:2], offsets[0].stride(0), _lane(scales), _lane(plus), epsilon,
+            rows, *first, *second, *third, size, plus, cos, sin, position, slots, *[x.shape[1] for x in first],
+            _lane(rows), *matrices[0].stride()[:2], offsets[0].stride(0), _lane(size), _lane(plus), epsilon,
             COUNT=len(matrices), COLUMNS=columns, BIAS=bool(biases), ROWS=each, BLOCK=block,
-            GATE=gate, SCALED=norm is not None, ADDED=added is not None, TURNED=width, num_warps=warps,
+            GATE=gate, SCALED=scales is not None, ADDED=added is not None, TURNED=width, num_warps=warps,
         )  # fmt: skip
     return made
 
