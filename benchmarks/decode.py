@@ -21,15 +21,18 @@ import gc
 import json
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from impasto import rows
 from impasto.fast import Branches, Decoder, fast
 from impasto.hardware import machine
 from impasto.pieces import Compile
@@ -84,6 +87,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of torch's compiler, by mode
     "autotuned": {"max_autotune_pointwise": True},
     "dependent": {"triton.enable_pdl": True},  # a kernel is launched before the one it waits for has ended
 }
+PLAIN = "plain"  # products by torch's compiler alone: what layers in series cost without kernels of ours for them
 TAIL = 64  # columns left for decoded tokens
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -235,6 +239,8 @@ class Ours:
                 )
                 assert all(one.form == "factored" for one in report.touched)
             edits_seconds = time.perf_counter() - began
+            if self.mode == PLAIN:
+                stack.enter_context(mock.patch.object(rows, "LEAST", sys.maxsize))
             decoder = stack.enter_context(
                 fast(
                     model,
@@ -400,7 +406,10 @@ def variants_of(parts: list[str], modes: list[str], layers: int) -> Iterator[Our
             ("branches", ("branches",)),
         ):
             if part in parts:
-                yield from (Ours(f"{name}/{mode}", known[name], mode) for name in names)
+                chosen = [name for name in names if mode != PLAIN or name in ("identity", "skip", "loop-series")]
+                yield from (Ours(f"{name}/{mode}", known[name], mode) for name in chosen)
+        if mode == PLAIN:
+            continue
         if "parallel" in parts and mode != "modules":
             yield Ours(f"parallel, streams/{mode}", known["parallel"], mode, branches="streams")
         if "parallel" in parts:
@@ -468,7 +477,7 @@ class Run:
         if "law" in parts:
             with self.part(here["failures"], "law"):
                 self.still()
-                here["law"] = law(shape, modes, chosen.context)
+                here["law"] = law(shape, [mode for mode in modes if mode != PLAIN], chosen.context)
         model = build(shape, torch.bfloat16)
         prompt = torch.randint(10, model.config.vocab_size - 10, (chosen.context - TAIL,)).tolist()
         ready: list[Any] = []
@@ -562,10 +571,14 @@ class Run:
                 cost, whole = ms[names[0]] - ms[skip], ms[names[1]] - ms[skip]
                 floor = (bytes_of[names[0]] - bytes_of[skip]) / bandwidth * 1e3
                 print(
-                    f"  {mode}: middle 12 as {group}: {cost:.3f} ms, in series {whole:.3f} ms: "
-                    f"ratio {cost / whole:.2f}; "
-                    f"weights alone {floor:.3f} ms: {cost / floor:.2f} times"
+                    f"  {mode}: middle 12 as {group}: {cost:.4f} ms, in series {whole:.4f} ms: "
+                    f"ratio {cost / whole:.3f}; "
+                    f"weights alone {floor:.4f} ms: {cost / floor:.3f} times"
                 )
+                plain = [f"{name}/{PLAIN}" for name in (series, "skip")]
+                if mode != PLAIN and all(name in ms for name in plain):
+                    whole = ms[plain[0]] - ms[plain[1]]
+                    print(f"    in series by the compiler's products {whole:.4f} ms: ratio {cost / whole:.3f}")
         cut, whole_model = f"factored/{mode}", f"identity/{mode}"
         if cut in ms and whole_model in ms:
             saved = ms[whole_model] - ms[cut]
@@ -583,7 +596,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="0.5b,7b")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument(
-        "--modes", default="modules,compiled", help="modules, compiled, combo, autotuned, tuned, dependent"
+        "--modes", default="modules,compiled,plain", help="modules, compiled, plain, combo, autotuned, tuned, dependent"
     )
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)

@@ -67,7 +67,8 @@ def test_a_lowered_step_is_the_traced_one(family: str, monkeypatch: pytest.Monke
             "multiply_gated normed": 1,
             "multiply": 1,
         }
-        assert layer == group == once
+        assert layer == {**{name: 1 for name in once if name != "multiply"}, "multiply added": 2}
+        assert group == once  # whose last sums are averaged
         assert branches == {**{name: 2 * count for name, count in once.items()}, "multiply added": 3, "multiply": 1}
 
 
@@ -259,6 +260,10 @@ def test_kernels_that_norm_add_and_turn(columns: int, one: bool, bias: bool, dty
         close(got, wanted)
     (got,) = streaming.multiply(row, matrices[:1], biases[:1], added=added)
     close(got, rows.multiply_several(wide[0], wide[1][:1], wide[2][:1])[0] + added.double())
+    pair = (matrices[1], matrices[2], *(biases[1:] or (None, None)))
+    wanted = rows.multiply_gated(wide[0], *[x if x is None else x.double() for x in pair], "silu", others=wide[3])
+    (got,) = streaming.multiply(row, matrices[1:], biases[1:], "silu", others=scales)
+    close(got, wanted)
     keys, values = random(3, 1, 2, 20, 16), random(3, 1, 2, 20, 16)
     slots = doubles((keys, values))
     wanted = rows.multiply_turned(*wide, cos.double(), sin.double(), *slots, position)

@@ -187,6 +187,8 @@ def test_operations_are_what_they_say() -> None:
     normed = (torch.randn(1, 16), 1e-5)
     torch.library.opcheck(rows.multiply_several, (row, [matrix, matrix], [], *normed), test_utils=checks)
     torch.library.opcheck(rows.multiply_gated, (row, matrix, matrix, None, None, "silu", *normed), test_utils=checks)
+    apart = (row, matrix, matrix, None, None, "silu", None, 0.0, row[:1])
+    torch.library.opcheck(rows.multiply_gated, apart, test_utils=checks)
     parts, slots = [torch.randn(3, size, 16) for size in (16, 8, 8)], [torch.randn(3, 1, 2, 9, 4) for _ in range(2)]
     given = (row, parts, [], *normed, torch.randn(4), torch.randn(4), *slots, torch.tensor([5]))
     torch.library.opcheck(rows.multiply_turned, given, test_utils=checks)
@@ -420,6 +422,48 @@ BETWEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "by a number": lambda gate, up: F.silu(gate) * 2 + up,
     "ungated": lambda gate, up: F.silu(gate) * F.silu(up),
 }
+
+
+@pytest.mark.parametrize(
+    ("case", "one"),
+    [
+        ("", True),
+        ("the other way round", True),
+        ("first what is gated", True),
+        ("a row is written between", False),
+        ("one has a bias", False),
+        ("shapes differ", False),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gate_and_what_it_gates_may_have_rows_of_their_own(case: str, one: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    columns = 20 if case == "shapes differ" else 16
+    rows_in = [torch.randn(1, 1, 16), torch.randn(1, 1, columns)]
+    weights = [torch.nn.Parameter(torch.randn(24, size)) for size in (16, columns)]
+    biases = [torch.nn.Parameter(torch.randn(24)) if bias else None for _ in range(2)]
+    if case == "one has a bias":
+        biases[0] = None if bias else torch.nn.Parameter(torch.randn(24))
+
+    def gated(first: Tensor, second: Tensor) -> list[Tensor]:
+        ordered = list(zip((first * 1, second * 1), weights, biases, strict=True))
+        if case == "first what is gated":
+            up, gate = F.linear(*ordered[1]), F.linear(*ordered[0])
+        else:
+            gate = F.linear(*ordered[0])
+            if case == "a row is written between":
+                ordered[1][0].add_(1)
+            up = F.linear(*ordered[1])
+        return [up * F.gelu(gate) if case == "the other way round" else F.gelu(gate) * up]
+
+    with torch.no_grad():
+        region = regions.trace(gated, rows_in)
+        made = lowering.lowered(region.graph, lambda *matrices: True)
+        torch.testing.assert_close(made(*region.constants, *rows_in)[0], gated(*rows_in)[0])
+        apart = lowering.lowered(region.graph)
+        torch.testing.assert_close(apart(*region.constants, *rows_in)[0], gated(*rows_in)[0])
+    assert ("impasto.multiply_gated.default" in places(made)) == one
+    assert "impasto.multiply_gated.default" not in places(apart)  # small matrices stay sums
 
 
 @pytest.mark.parametrize("between", BETWEEN)

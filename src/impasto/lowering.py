@@ -35,7 +35,7 @@ def lowered(graph: fx.GraphModule, streams: Callable[..., bool] = rows.streamed)
     """
     made = fx.GraphModule({}, copy.deepcopy(graph.graph))  # a copy of the module would copy the weights of its layer
     _together(made.graph, streams)
-    _gates(made.graph)
+    _gates(made.graph, streams)
     made.graph.eliminate_dead_code()  # so that it is known who still uses what
     _norms(made.graph)
     _turns(made.graph)
@@ -183,8 +183,10 @@ def _together(graph: fx.Graph, streams: Callable[..., bool]) -> None:
                 graph.erase_node(node)
 
 
-def _gates(graph: fx.Graph) -> None:
-    """Make one operation of two products of the same row, the activation of the first, and their product."""
+def _gates(graph: fx.Graph, streams: Callable[..., bool]) -> None:
+    """Make one operation of two products, the activation of the first, and their product."""
+    changed = moments(graph)
+    order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not aten.mul.Tensor or len(node.args) != 2:
             continue
@@ -192,12 +194,13 @@ def _gates(graph: fx.Graph) -> None:
         found = _gate(left, right, shape_of(node)) or _gate(right, left, shape_of(node))
         if found is None:
             continue
-        product, gate, other, activation = found
-        row, matrices, biases = product.args
-        added = (biases[gate], biases[other]) if biases else (None, None)
-        with graph.inserting_before(product):
-            made = graph.call_function(_GATED, (row, matrices[gate], matrices[other], *added, activation))
-            made.meta["val"] = matrices[gate].meta["val"].new_empty(shape_of(matrices[gate])[:2])
+        products, args = found
+        gates, matrices = (x.meta["val"] for x in args[1:3])
+        if len({changed[product] for product in products}) > 1 or not streams(gates, matrices):
+            continue
+        with graph.inserting_before(max(products, key=order.__getitem__)):
+            made = graph.call_function(_GATED, args)
+            made.meta["val"] = gates.new_empty(gates.shape[:2])
         with graph.inserting_before(node):
             shown = graph.call_function(aten.view.default, (made, list(shape_of(node))))
             shown.meta["val"] = node.meta["val"]
@@ -205,26 +208,35 @@ def _gates(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _gate(active: Any, plain: Any, shape: tuple[int, ...]) -> tuple[Any, int, int, str] | None:
-    """What gates what: their common operation, the numbers of both products there, and the activation between them."""
+def _gate(active: Any, plain: Any, shape: tuple[int, ...]) -> tuple[list[Any], tuple[Any, ...]] | None:
+    """The products, or their common operation, of what gates and is gated, and arguments of one operation for all."""
     active, shapes = _alone(active), {shape_of(active), shape_of(plain), shape}
     activation = None if active is None else _activation(active)
     gate, other = (_alone(active.args[0]), _alone(plain)) if activation else (None, None)
     if gate is None or other is None or len(shapes) > 1 or shape_of(gate) != shape_of(other):
         return None
-    if any(part.target is not operator.getitem for part in (gate, other)) or gate.args[0] is not other.args[0]:
+    if gate.target is operator.getitem and other.target is operator.getitem and gate.args[0] is other.args[0]:
+        product: Any = gate.args[0]
+        if product.target is not _SEVERAL or len(product.args[1]) != 2:
+            return None
+        row, matrices, biases = product.args
+        numbers = gate.args[1], other.args[1]
+        added = [biases[number] if biases else None for number in numbers]
+        return [product], (row, *[matrices[number] for number in numbers], *added, activation)
+    if any(part.target is not _MULTIPLY or len(part.args) > 3 for part in (gate, other)):
         return None
-    product: Any = gate.args[0]
-    if product.target is not _SEVERAL or len(product.args[1]) != 2:
+    rows, matrices, biases = zip(gate.args, other.args, strict=True)
+    same = shape_of(matrices[0]) == shape_of(matrices[1]) and (biases[0] is None) == (biases[1] is None)
+    if not same or any(not x.meta["val"].is_contiguous() for x in matrices):
         return None
-    return product, gate.args[1], other.args[1], activation  # type: ignore[return-value]
+    return [gate, other], (rows[0], *matrices, *biases, activation, None, 0.0, rows[1])
 
 
 def _norms(graph: fx.Graph) -> None:
     """Give products the row as it is before it is normed, and the norm, so that they do it while they read weights."""
     changed = moments(graph)
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in (_SEVERAL, _GATED):
+        if node.op != "call_function" or node.target not in (_SEVERAL, _GATED) or len(node.args) > 6:
             continue
         found = _norm(_alone(node.args[0]))
         if found is None or changed[found[0]] != changed[node]:
@@ -283,7 +295,7 @@ def _added(graph: fx.Graph, streams: Callable[..., bool]) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
             continue
-        if not any(map(_has_norm, _ends(node))):
+        if not any(end.op == "output" or _has_norm(end) for end in _ends(node)):
             continue
         for added, plain in (node.args, node.args[::-1]):
             product = _alone(plain)

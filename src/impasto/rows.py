@@ -23,8 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-OUTPUTS, COLUMNS = 512, 2048  # of matrices that are short: at most so many of at least so many
-LEAST = 2**24  # bytes of a matrix from which our kernel reads it faster than a compiler's, or a library's
+LEAST = 2**17  # bytes of a matrix from which our kernel reads it
 
 
 @functools.cache
@@ -40,19 +39,9 @@ def _taken(tensor: Tensor) -> bool:
 def streamed(*matrices: Tensor) -> bool:
     """Whether products of the same single rows with these matrices (lanes, outputs, columns) are made by our kernel.
 
-    One of them must be large; or they are stacked, and together no longer small; or one is short.
+    One of them must not be tiny: what a compiler makes of tiny ones together with their surroundings is as fast.
     """
-    if not all(map(_taken, matrices)):
-        return False
-    sizes = [x.numel() * x.element_size() for x in matrices]
-    stacked = matrices[0].shape[0] > 1 and sum(sizes) >= LEAST // 2
-    return stacked or max(sizes) >= LEAST or any(map(short, matrices))
-
-
-def short(matrices: Tensor) -> bool:
-    """Whether matrices have few outputs of many columns each, as the first of two thin products has."""
-    size = matrices.numel() * matrices.element_size()
-    return size >= LEAST // 8 and matrices.shape[1] <= OUTPUTS and matrices.shape[2] >= COLUMNS
+    return all(map(_taken, matrices)) and max(x.numel() * x.element_size() for x in matrices) >= LEAST
 
 
 def attended(query: Tensor) -> bool:
@@ -319,6 +308,7 @@ def multiply_gated(
     activation: str,
     scales: Tensor | None = None,
     epsilon: float = 0.0,
+    others: Tensor | None = None,
 ) -> Tensor:
     """The product of each row with its own matrix, times what an activation makes of its product with another one.
 
@@ -331,6 +321,7 @@ def multiply_gated(
         activation: one of `ACTIVATIONS`.
         scales: as of `multiply_several`.
         epsilon: with it.
+        others: the rows of `matrices`, which are not normed, where they are not those of `gates`; shaped as `rows`.
 
     Returns:
         (lanes, outputs), in the type of `rows`, to which both products and the activated one are rounded, too.
@@ -344,9 +335,11 @@ def multiply_gated(
     if streamed(gates, matrices):
         from impasto import streaming
 
-        return streaming.multiply(rows, [gates, matrices], added, activation, scales, epsilon)[0]
-    products: list[Tensor] = multiply_several(rows, [gates, matrices], added, scales, epsilon)
-    return ACTIVATIONS[activation](products[0]) * products[1]
+        return streaming.multiply(rows, [gates, matrices], added, activation, scales, epsilon, others=others)[0]
+    rows = _normed(rows, scales, epsilon)
+    gate: Tensor = multiply(rows, gates, gate_biases)
+    product: Tensor = multiply(rows if others is None else others, matrices, biases)
+    return ACTIVATIONS[activation](gate) * product
 
 
 @multiply_gated.register_fake

@@ -7,7 +7,9 @@ memory busy: many programs, each with much to load and nothing to wait for.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,9 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-FEW = 1024  # outputs, where a program that has many columns to read does better with more warps
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an early triton
+    gdc_launch_dependents = gdc_wait = None
+
+FEW, MANY = 1024, 8192  # outputs: so few take more warps for each, so many fill a large GPU with a warp for each
 PROGRAMS = 264  # of attention that keep a large GPU busy: twice its multiprocessors
-MANY = 8 * PROGRAMS  # of them are more than it begins at once
+FULL = 8 * PROGRAMS  # of them are more than it begins at once
 SHORT = 32  # columns of a part, where that makes no more programs than these
 BLOCK = 64  # columns that a program reads at once, and those of a part, where there are many rows
 PARTS = 128  # of a row's columns, at most
@@ -32,10 +39,13 @@ def _attend(  # type: ignore[no-untyped-def]
     mask_row, mask_head, mask_column,
     WIDTH: tl.constexpr, VALUES: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr, ONCE: tl.constexpr, MASK: tl.constexpr, ALIKE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one row and key head: what its heads see there, their largest scores, the sums of weights."""
     row, part = tl.program_id(0), tl.program_id(1)
+    if EARLY:
+        gdc_launch_dependents()  # all programs are there at once, and so can be those that join what they make
+        gdc_wait()
     text, group = (row // (heads // shared)).to(tl.int64), (row % (heads // shared)).to(tl.int64)
     place = tl.arange(0, PAIRS)
     head = group * shared + place
@@ -107,10 +117,12 @@ def _attend(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(  # type: ignore[no-untyped-def]
     mixed, peaks, masses, out, parts, shared,
-    VALUES: tl.constexpr, TALL: tl.constexpr, PARTS: tl.constexpr,
+    VALUES: tl.constexpr, TALL: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The parts of one head as one: values weighed over all columns."""
     row, pair = tl.program_id(0), tl.program_id(1)
+    if EARLY:
+        gdc_wait()
     part, tall = tl.arange(0, PARTS), tl.arange(0, TALL)
     there = part < parts
     at = (row.to(tl.int64) * parts + part) * shared + pair
@@ -139,7 +151,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     rows, shared = batch * keys, heads // keys
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     programs = rows * -(-columns // SHORT)
-    span = SHORT if programs <= MANY else BLOCK
+    span = SHORT if programs <= FULL else BLOCK
     span = max(span, -(-columns // PARTS))
     span += -span % 16
     # Many programs with few warps each are best; what more heads, or longer numbers, need does not fit their registers.
@@ -167,6 +179,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
                     WIDTH=width, VALUES=values, WIDE=_power(width), TALL=_power(values), PAIRS=_power(shared),
                     BLOCK=block, ONCE=span <= block, MASK=how, ALIKE=how > 0 and strides[1] == 0,
                     PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_stages=stages, num_warps=warps,
+                    **_early(query.device),
                 )  # fmt: skip
                 break
         else:
@@ -174,7 +187,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         read = _power(parts) * _power(values)
         _join[rows, shared](
             mixed, peaks, masses, out, parts, shared, VALUES=values, TALL=_power(values), PARTS=_power(parts),
-            num_warps=min(max(read // 2048, 1), 4),
+            num_warps=min(max(read // 2048, 1), 4), **_early(query.device),
         )  # fmt: skip
     return out
 
@@ -182,11 +195,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 @triton.jit(do_not_specialize=["first_outputs", "second_outputs", "third_outputs"])  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
     row, first, second, third, first_bias, second_bias, third_bias, first_out, second_out, third_out, scales, added,
-    cos, sin, position, slots,
+    others, cos, sin, position, slots,
     first_outputs, second_outputs, third_outputs, row_lane, matrix_lane, matrix_output, bias_lane, scale_lane,
-    added_lane, epsilon,
+    added_lane, other_lane, epsilon,
     COUNT: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     GATE: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, TURNED: tl.constexpr,
+    OTHERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some entries of one lane's product with one of several matrices, or with two of which the first is a gate.
 
@@ -195,6 +209,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     """
     lane = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
+    if EARLY:
+        gdc_wait()
     matrix, bias, out, outputs = first, first_bias, first_out, first_outputs
     which = 0
     if GATE is not None:
@@ -245,6 +261,8 @@ def _multiply(  # type: ignore[no-untyped-def]
             factor *= tl.load(scales + lane * scale_lane + column, mask=inside, other=0.0).to(tl.float32)
         total += weight.to(tl.float32) * factor[None, :]
         if GATE is not None:
+            if OTHERS:
+                factor = tl.load(others + lane * other_lane + column, mask=inside, other=0.0).to(tl.float32)
             gated += other.to(tl.float32) * factor[None, :]
     result = tl.sum(total, 1)
     size = 1.0
@@ -254,7 +272,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     if BIAS:
         result += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)
     if GATE is not None:  # every step is rounded, as it is where each is an operation of its own
-        value = tl.sum(gated, 1) * size
+        value = tl.sum(gated, 1) * (1.0 if OTHERS else size)
         if BIAS:
             value += tl.load(second_bias + output, mask=there, other=0.0).to(tl.float32)
         value = value.to(out.dtype.element_ty).to(tl.float32)
@@ -301,11 +319,12 @@ def multiply(
     epsilon: float = 0.0,
     added: Tensor | None = None,
     turned: Turned | None = None,
+    others: Tensor | None = None,
 ) -> list[Tensor]:
     """Products with one to three matrices by one kernel; arguments and result as of `impasto.rows.multiply_several`.
 
     With a gate, one of `impasto.rows.ACTIVATIONS`, there are two matrices of one shape and one result, as of
-    `impasto.rows.multiply_gated`.
+    `impasto.rows.multiply_gated`, and the second may have other rows.
 
     What is turned are cosines, sines, and slots for keys and values with the position at which they are written, as of
     `impasto.rows.multiply_turned`; the result is the query.
@@ -318,7 +337,7 @@ def multiply(
         RuntimeError: neither one row nor one for each lane.
     """
     lanes, _, columns = matrices[0].shape
-    per_lane = [x for x in (rows, scales, added) if x is not None]
+    per_lane = [x for x in (rows, scales, added, others) if x is not None]
     if any(len(x) not in (1, lanes) for x in per_lane):
         raise RuntimeError(f"{[len(x) for x in per_lane]} rows for {lanes} lanes")
     single = len(matrices) == 1
@@ -331,19 +350,32 @@ def multiply(
     )
     made += [] if turned is None else [keys, values]
     width, slots = (0, 0) if turned is None else (keys.shape[-1], keys.shape[-2])
-    size, plus = (rows if x is None else x.contiguous() for x in (scales, added))
+    size, plus, beside = (rows if x is None else x.contiguous() for x in (scales, added, others))
     first, second, third = ([*x, *[x[0]] * (3 - len(x))] for x in (matrices, offsets, made))
-    each, block, warps = _reading(len(matrices), lanes * max(x.shape[1] for x in matrices), columns, gate)
-    each = each if turned is None else 2
+    outputs = lanes * max(x.shape[1] for x in matrices)
+    each, block, warps = _reading(outputs, columns, single, gate is not None, turned is not None)
     counts = [triton.cdiv(x.shape[1], each) for x in (matrices if gate is None else matrices[:1])]
     with torch.cuda.device(rows.device):
         _multiply[sum(counts), lanes](
-            rows, *first, *second, *third, size, plus, cos, sin, position, slots, *[x.shape[1] for x in first],
-            _lane(rows), *matrices[0].stride()[:2], offsets[0].stride(0), _lane(size), _lane(plus), epsilon,
+            rows, *first, *second, *third, size, plus, beside, cos, sin, position, slots, *[x.shape[1] for x in first],
+            _lane(rows), *matrices[0].stride()[:2], offsets[0].stride(0), *map(_lane, (size, plus, beside)), epsilon,
             COUNT=len(matrices), COLUMNS=columns, BIAS=bool(biases), ROWS=each, BLOCK=block,
-            GATE=gate, SCALED=scales is not None, ADDED=added is not None, TURNED=width, num_warps=warps,
+            GATE=gate, SCALED=scales is not None, ADDED=added is not None, TURNED=width, OTHERS=others is not None,
+            num_warps=warps, **_early(rows.device),
         )  # fmt: skip
     return made
+
+
+@functools.cache
+def _early(device: torch.device) -> dict[str, Any]:
+    """How kernels are launched: where it can be, before the one in front has ended, for whose writes they wait.
+
+    So the way to the device is behind them when they may begin (CUDA's programmatic dependent launch). They touch no
+    memory before. A kernel of many programs does not let the next one in before its own have ended: they would take
+    each other's place.
+    """
+    can = gdc_wait is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 
 def _lane(rows: Tensor) -> int:
@@ -351,20 +383,30 @@ def _lane(rows: Tensor) -> int:
     return rows.stride(0) if len(rows) > 1 else 0
 
 
-def _reading(count: int, outputs: int, columns: int, gate: str | None) -> tuple[int, int, int]:
-    """How many rows of weights and columns a program reads at once, and its warps.
+def _reading(outputs: int, columns: int, single: bool, gated: bool, turned: bool) -> tuple[int, int, int]:
+    """How many rows of a matrix and columns a program reads at once, and its warps.
 
     Args:
-        count: matrices.
         outputs: of the largest matrix, in all lanes.
         columns: of each.
-        gate: the activation of the first, if it gates the second.
+        single: there is one matrix.
+        gated: there are two, of which a program reads the same rows.
+        turned: a program makes two entries that belong together.
     """
-    if gate is not None:  # one row of each matrix
-        return (1, min(_power(columns), 1024), 1) if columns <= 1024 else (1, 2048, 8)
-    if columns <= 1024:
-        return 2, min(_power(columns), 1024 if count == 1 else 512), 1
-    return (1, 4096, 8) if outputs <= FEW and columns >= 2048 else (1, 1024, 4)
+    few, width = outputs <= FEW, min(_power(columns), 1024)
+    if turned:
+        return (2, width, 4) if few or columns > 1024 else (2, min(width, 512), 1)
+    if columns <= 512:
+        return 4, width, 1
+    if gated:
+        if columns > 1024:
+            return 1, 2048, 8
+        return (2, 512, 1) if outputs <= MANY else (1, width, 1)
+    if columns > 1024:
+        return (1, 4096, 8) if few and columns >= 2048 else (1, 1024, 4)
+    if few and not single:
+        return 1, width, 1
+    return 2, width if single else 512, 1
 
 
 def _power(size: int) -> int:
