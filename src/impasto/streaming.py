@@ -330,8 +330,8 @@ def multiply(
     `impasto.rows.multiply_turned`; the result is the query.
 
     How a program reads follows from the shapes of matrices alone, so that all processes of a team, and all runs, take
-    the same sums in the same order. On one H200 this was within 3 % of the best of some twenty choices for every shape
-    tried (`benchmarks/products.py`).
+    the same sums in the same order. On one H200 this was within 8 % of the best of some twenty choices for every shape
+    tried (`benchmarks/products.py`, docs/performance.md).
 
     Raises:
         RuntimeError: neither one row nor one for each lane.
