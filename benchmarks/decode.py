@@ -85,7 +85,6 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of torch's compiler, by mode
     "combo": {"combo_kernels": True},
     "tuned": {"coordinate_descent_tuning": True},
     "autotuned": {"max_autotune_pointwise": True},
-    "dependent": {"triton.enable_pdl": True},  # a kernel is launched before the one it waits for has ended
 }
 PLAIN = "plain"  # products by torch's compiler alone: what layers in series cost without kernels of ours for them
 TAIL = 64  # columns left for decoded tokens
@@ -596,7 +595,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="0.5b,7b")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument(
-        "--modes", default="modules,compiled,plain", help="modules, compiled, plain, combo, autotuned, tuned, dependent"
+        "--modes", default="modules,compiled,plain", help="modules, compiled, plain, combo, autotuned, tuned"
     )
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)

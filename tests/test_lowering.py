@@ -236,7 +236,8 @@ def test_wide_rows_are_normed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("columns", [100, 896, 4096])
 @pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_kernels_that_norm_add_and_turn(columns: int, one: bool, bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("heads", [2, 20])
+def test_kernels_that_norm_add_and_turn(heads: int, columns: int, one: bool, bias: bool, dtype: torch.dtype) -> None:
     from impasto import streaming
 
     torch.manual_seed(0)
@@ -247,9 +248,11 @@ def test_kernels_that_norm_add_and_turn(columns: int, one: bool, bias: bool, dty
     def close(got: Tensor, wanted: Tensor) -> None:
         assert float((got.double() - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
-    row, scales, added = random(1 if one else 3, columns), random(1 if one else 3, columns), random(1 if one else 3, 64)
-    matrices = [random(3, outputs, columns) / columns**0.5 for outputs in (64, 32, 32)]
-    biases = [random(3, outputs) for outputs in (64, 32, 32)] if bias else []
+    lanes, sizes = 1 if one else 3, [32 * heads, 16 * heads, 16 * heads]
+    row, scales, added = random(lanes, columns), random(lanes, columns), random(lanes, sizes[0])
+    other_row = random(3, 2 * columns)[:, ::2]
+    matrices = [random(3, outputs, columns) / columns**0.5 for outputs in sizes]
+    biases = [random(3, outputs) for outputs in sizes] if bias else []
     cos, sin, position = random(16), random(16), torch.tensor([7], device="cuda")
     doubles: Callable[..., Any] = lambda some: [x.double() for x in some]  # noqa: E731
     wide = (row.double(), doubles(matrices), doubles(biases), scales.double(), 1e-5)
@@ -261,10 +264,15 @@ def test_kernels_that_norm_add_and_turn(columns: int, one: bool, bias: bool, dty
     (got,) = streaming.multiply(row, matrices[:1], biases[:1], added=added)
     close(got, rows.multiply_several(wide[0], wide[1][:1], wide[2][:1])[0] + added.double())
     pair = (matrices[1], matrices[2], *(biases[1:] or (None, None)))
-    wanted = rows.multiply_gated(wide[0], *[x if x is None else x.double() for x in pair], "silu", others=wide[3])
+    double = [x if x is None else x.double() for x in pair]
+    wanted = rows.multiply_gated(wide[0], *double, "silu", others=wide[3])
     (got,) = streaming.multiply(row, matrices[1:], biases[1:], "silu", others=scales)
     close(got, wanted)
-    keys, values = random(3, 1, 2, 20, 16), random(3, 1, 2, 20, 16)
+    for first, other in ((row[:1], other_row), (row, other_row[:1])):
+        wanted = rows.multiply_gated(first.double(), *double, "silu", wide[3], 1e-5, other.double())
+        (got,) = streaming.multiply(first, matrices[1:], biases[1:], "silu", scales, 1e-5, others=other)
+        close(got, wanted)
+    keys, values = random(3, 1, heads, 20, 16), random(3, 1, heads, 20, 16)
     slots = doubles((keys, values))
     wanted = rows.multiply_turned(*wide, cos.double(), sin.double(), *slots, position)
     turned = (cos, sin, keys, values, position)

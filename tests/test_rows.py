@@ -433,6 +433,7 @@ BETWEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         ("a row is written between", False),
         ("one has a bias", False),
         ("shapes differ", False),
+        ("another type", False),
     ],
 )
 @pytest.mark.parametrize("bias", [False, True])
@@ -442,6 +443,9 @@ def test_a_gate_and_what_it_gates_may_have_rows_of_their_own(case: str, one: boo
     rows_in = [torch.randn(1, 1, 16), torch.randn(1, 1, columns)]
     weights = [torch.nn.Parameter(torch.randn(24, size)) for size in (16, columns)]
     biases = [torch.nn.Parameter(torch.randn(24)) if bias else None for _ in range(2)]
+    if case == "another type":
+        rows_in[1], weights[1] = rows_in[1].double(), torch.nn.Parameter(weights[1].double())
+        biases[1] = torch.nn.Parameter(torch.randn(24).double()) if bias else None
     if case == "one has a bias":
         biases[0] = None if bias else torch.nn.Parameter(torch.randn(24))
 
@@ -459,9 +463,9 @@ def test_a_gate_and_what_it_gates_may_have_rows_of_their_own(case: str, one: boo
     with torch.no_grad():
         region = regions.trace(gated, rows_in)
         made = lowering.lowered(region.graph, lambda *matrices: True)
-        torch.testing.assert_close(made(*region.constants, *rows_in)[0], gated(*rows_in)[0])
+        torch.testing.assert_close(made(*region.constants, *rows_in)[0], gated(*rows_in)[0], rtol=1e-5, atol=1e-5)
         apart = lowering.lowered(region.graph)
-        torch.testing.assert_close(apart(*region.constants, *rows_in)[0], gated(*rows_in)[0])
+        torch.testing.assert_close(apart(*region.constants, *rows_in)[0], gated(*rows_in)[0], rtol=1e-5, atol=1e-5)
     assert ("impasto.multiply_gated.default" in places(made)) == one
     assert "impasto.multiply_gated.default" not in places(apart)  # small matrices stay sums
 
@@ -475,6 +479,18 @@ def test_a_gate_with_anything_else_on_its_way_stays(between: str) -> None:
         torch.testing.assert_close(made(*region.constants, row)[0], BETWEEN[between](first(row), second(row)))
     assert "impasto.multiply_several.default" in places(made)
     assert "impasto.multiply_gated.default" not in places(made)
+
+
+def test_products_behind_products_in_shapes_that_are_turned() -> None:
+    first, second, factor = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), torch.tensor(2.0)
+
+    def twice(row: Tensor, factor: Tensor) -> list[Tensor]:
+        return [second(first(row).transpose(0, 1).reshape(1, 16)) * factor.transpose(0, 0)]
+
+    with torch.no_grad():
+        region = regions.trace(twice, [row := torch.randn(1, 16), factor])
+        for made in (lowering.lowered(region.graph, lambda *matrices: True), lowering.lowered(region.graph)):
+            torch.testing.assert_close(made(*region.constants, row, factor)[0], twice(row, factor)[0])
 
 
 @pytest.mark.parametrize("which", [0, 1])

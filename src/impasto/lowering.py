@@ -161,7 +161,7 @@ def _swapped(node: Any, whole: fx.Node, half: int) -> bool:
 
 
 def _together(graph: fx.Graph, streams: Callable[..., bool]) -> None:
-    """Make one operation of products of the same row with two or three matrices, if one of these is large."""
+    """Make one operation of products of the same row with two or three matrices, if our kernel reads them."""
     alike: dict[tuple[fx.Node, tuple[int, ...], bool, int], list[Any]] = {}
     changed = moments(graph)  # none is passed by
     for node in graph.nodes:
@@ -214,6 +214,8 @@ def _gate(active: Any, plain: Any, shape: tuple[int, ...]) -> tuple[list[Any], t
     activation = None if active is None else _activation(active)
     gate, other = (_alone(active.args[0]), _alone(plain)) if activation else (None, None)
     if gate is None or other is None or len(shapes) > 1 or shape_of(gate) != shape_of(other):
+        return None
+    if gate.meta["val"].dtype != other.meta["val"].dtype:
         return None
     if gate.target is operator.getitem and other.target is operator.getitem and gate.args[0] is other.args[0]:
         product: Any = gate.args[0]
@@ -290,7 +292,7 @@ def _uncast(node: Any) -> Any:
 
 
 def _added(graph: fx.Graph, streams: Callable[..., bool]) -> None:
-    """Give products of a large matrix what they are added to, where norms inside of products read the sum."""
+    """Give products what they are added to, where norms inside of products read the sum, or it is returned."""
     changed = moments(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
@@ -359,7 +361,7 @@ def _shows(node: fx.Node) -> bool:
         order: Any = node.args[1]
         return list(order) == sorted(order)
     if node.target is aten.transpose.int:
-        shape = shape_of(node.args[0])
+        shape = shape_of(node.args[0]) or (1,)  # a number has no dimensions, and can be turned all the same
         first, last = sorted(int(d) % len(shape) for d in node.args[1:])  # type: ignore[arg-type]
         return 1 in (shape[first], shape[last]) and all(size == 1 for size in shape[first + 1 : last])
     return node.target in RESHAPES or node.target is aten.alias.default
@@ -388,7 +390,7 @@ def _sums(graph: fx.Graph, streams: Callable[..., bool]) -> None:
 
     A compiler can then make one kernel of such a product and of what stands behind it. What stands before it is best
     done once, and not again for every row of the matrix: so each row that is multiplied becomes one of the graph's
-    outputs, which are kept. Large matrices, and those that no kernel of ours reads, stay as they are.
+    outputs, which are kept. Products that our kernel makes stay as they are.
     """
     kept: dict[fx.Node, None] = {}
     for node in list(graph.nodes):
@@ -406,6 +408,7 @@ def _sums(graph: fx.Graph, streams: Callable[..., bool]) -> None:
             if bias is not None:
                 total = graph.call_function(aten.add.Tensor, (total, bias))
             total = graph.call_function(aten._to_copy.default, (total,), {"dtype": node.meta["val"].dtype})
+        total.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(total)
         graph.erase_node(node)
         kept[origin(row)] = None

@@ -63,10 +63,13 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
 def compile_region(region: Region, inputs: Sequence[Tensor], options: dict[str, Any]) -> Compiled:
     """Kernels for the graph of a region, by torch's compiler and, for what it is slow at, ours; for fixed shapes."""
     from torch._inductor import compile as inductor
+    from torch._inductor import config
 
+    # A kernel of ours waits for the one in front alone, so that one must not be launched early without waiting itself.
+    early = {"triton.enable_pdl": False} if hasattr(config.triton, "enable_pdl") else {}
     tensors: list[Any] = [*region.constants, *inputs]
     with torch.no_grad():
-        made = inductor(lowered(region.graph), tensors, options=options)
+        made = inductor(lowered(region.graph), tensors, options={**options, **early})
     count = _returned(region.graph.graph)  # behind these come rows that are kept
     return lambda values: made(*values)[:count]
 

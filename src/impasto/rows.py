@@ -1,6 +1,6 @@
 """What a decoding step does most, as operations of their own: attention of one query, products of one row.
 
-A compiler writes both as plain sums, which is right and, for attention and for large matrices, slow. As operations they
+A compiler writes both as plain sums, which is right and, where they are not tiny, slow. As operations they
 stay whole in a traced graph, can be mapped over the branches of a group, and run on a GPU by kernels written for them
 (`impasto.streaming`). Everywhere else, and wherever a compiler does better, they are the sums that they stand for.
 """
@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-LEAST = 2**17  # bytes of a matrix from which our kernel reads it
+LEAST = 2**17  # bytes of a matrix from which our kernel reads it: smaller ones are a compiler's, with all around them
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -331,7 +332,7 @@ def multiply(
 
     How a program reads follows from the shapes of matrices alone, so that all processes of a team, and all runs, take
     the same sums in the same order. On one H200 this was within 8 % of the best of some twenty choices for every shape
-    tried (`benchmarks/products.py`, docs/performance.md).
+    tried (docs/performance.md).
 
     Raises:
         RuntimeError: neither one row nor one for each lane.
@@ -371,10 +372,13 @@ def _early(device: torch.device) -> dict[str, Any]:
     """How kernels are launched: where it can be, before the one in front has ended, for whose writes they wait.
 
     So the way to the device is behind them when they may begin (CUDA's programmatic dependent launch). They touch no
-    memory before. A kernel of many programs does not let the next one in before its own have ended: they would take
-    each other's place.
+    memory before; as every one of them waits, what stands before the one in front has ended, too. A kernel of many
+    programs does not let the next one in before its own have ended: they would take each other's place.
+
+    Hopper and Blackwell of data centres know it; `IMPASTO_EARLY=0` leaves it.
     """
-    can = gdc_wait is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    capable = gdc_wait is not None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    can = capable and os.environ.get("IMPASTO_EARLY") != "0"
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 
