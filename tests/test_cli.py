@@ -154,6 +154,16 @@ def test_a_wrong_method_is_told_before_a_model_is_loaded(say: Spoken) -> None:
     assert errors.startswith("error: no method 'revers'; did you mean 'reverse'? (there are skip_one, ")
 
 
+@pytest.mark.parametrize("study", ["painters", "laser"])
+def test_a_wrong_task_is_told_before_a_folder_is_made_or_a_model_loaded(study: str, say: Spoken) -> None:
+    code, text, errors = say("study", study, "no/model", "--tasks", "impasto_tiny_choise", "-o", "run")
+    assert (code, text) == (2, "")
+    assert errors.startswith("error: no task 'impasto_tiny_choise'; the nearest: impasto_tiny_choice")
+    code, _, errors = say("study", study, "no/model", "--include-path", "nowhere", "-o", "run")
+    assert code == 2 and errors.startswith("error: no folder nowhere to include tasks from")
+    assert not Path("run").exists()
+
+
 def test_the_parser_says_what_is_wrong_without_its_own_jargon(say: Spoken) -> None:
     _, _, errors = say("bench", "demo", "--mode", "quick")
     assert "'quick' is not one of 'auto', 'plain', 'fast'" in errors and "Value error" not in errors
@@ -807,8 +817,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return asked
 
 
+TWO = "impasto_tiny_choice, impasto_tiny_rolling"
+
+
 def test_a_study_ends_with_its_answers(model: str, tmp_path: Path, measured: dict[str, Any], say: Spoken) -> None:
-    line = ["study", "painters", model, "--protocol", "standard", "--tasks", "a, b", "--limit", "3", "--seeds", "2"]
+    line = ["study", "painters", model, "--protocol", "standard", "--tasks", TWO, "--limit", "3", "--seeds", "2"]
     code, text, errors = say(*line, "--methods", "skip", "--batch-size", "512")
     assert code == 0
     assert "note: token budget halved to 8" in errors
@@ -820,7 +833,7 @@ def test_a_study_ends_with_its_answers(model: str, tmp_path: Path, measured: dic
     folder = Path("impasto-runs/tiny-painters-standard")
     assert text.splitlines()[-1] == f"report: {folder / 'report.html'}"
     assert (tmp_path / folder / "report.html").exists() and (tmp_path / folder / "results.sqlite").exists()
-    wanted = {"protocol": "standard", "task_names": ["a", "b"], "limit": 3, "seeds": 2, "methods": ["skip"]}
+    wanted = {"protocol": "standard", "task_names": TWO.split(", "), "limit": 3, "seeds": 2, "methods": ["skip"]}
     assert {name: measured[name] for name in wanted} == wanted
     assert measured["batch_tokens"] == 512 and measured["include"] == ()
     assert say("report", str(folder))[1] == text

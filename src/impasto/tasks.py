@@ -376,9 +376,6 @@ def build(
         raise UsageError(f"the number of few-shot examples cannot be negative: {num_fewshot}")
     if apply_chat_template and getattr(tokenizer, "chat_template", None) is None:
         raise UsageError("chat templates were asked for, but the model's tokenizer has none")
-    missing = [str(folder) for folder in include if not Path(folder).is_dir()]
-    if missing:
-        raise UsageError(f"no folder {missing[0]} to include tasks from")
     with _undisturbed():
         found: dict[str, tuple[Any, str]] = {}
         for name, manager in _resolved(names, include):
@@ -386,6 +383,22 @@ def build(
                 found.setdefault(task.task_name, (task, source))
         template = _chat_template(tokenizer) if apply_chat_template else None
         return [_asked(task, source, limit, num_fewshot, seed, template) for task, source in found.values()]
+
+
+def check_names(names: Sequence[str], include: Sequence[Path | str] = ()) -> None:
+    """Make sure that there are such tasks, without reading their data.
+
+    Args:
+        names: as of `build`.
+        include: as of `build`.
+
+    Raises:
+        UnknownTask: no task of that name; the text names the nearest.
+        UsageError: no such folder.
+    """
+    with _undisturbed():
+        for _ in _resolved(names, include):
+            pass
 
 
 def _manager(include: Sequence[Path | str], *, harness: bool) -> Any:
@@ -396,6 +409,9 @@ def _manager(include: Sequence[Path | str], *, harness: bool) -> Any:
 
 def _resolved(names: Sequence[str], include: Sequence[Path | str]) -> Iterator[tuple[str, Any]]:
     """Known names with the task manager that knows them; the harness's own are only read when needed."""
+    missing = [str(folder) for folder in include if not Path(folder).is_dir()]
+    if missing:
+        raise UsageError(f"no folder {missing[0]} to include tasks from")
     near = _manager(include, harness=False)
     far: Any = None
     for name in names:

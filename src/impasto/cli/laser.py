@@ -12,7 +12,7 @@ import typer
 
 from impasto import console
 from impasto.cli import options
-from impasto.cli.loading import Loading, looking, recorded, require_tokenizer, run_folder
+from impasto.cli.loading import Loading, check_tasks, looking, recorded, require_tokenizer, run_folder
 from impasto.cli.pages import Protocol, planned, show, write
 from impasto.errors import UsageError
 
@@ -141,6 +141,7 @@ def laser(
         "compose": compose and compose.value,
     }
     _check(asked)
+    check_tasks(options.split(tasks), include_path)
     for named in (*frequencies, *text):
         if not Path(named).is_file():
             raise UsageError(f"no file {named}")

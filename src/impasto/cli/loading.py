@@ -132,6 +132,14 @@ def check_texts(schedules: Iterable[str], edits: Iterable[str] = ()) -> None:
                 raise problems[0]
 
 
+def check_tasks(names: Sequence[str], include: Sequence[Path]) -> None:
+    """Refuse tasks that there are not, before a folder is made and minutes go into loading a model."""
+    if names or include:
+        from impasto.tasks import check_names
+
+        check_names(names, include)
+
+
 def recipes(loaded: LoadedModel, schedules: Iterable[str | None], edits: Sequence[str]) -> list[Recipe]:
     """One recipe per schedule, all with the same edits; None is the model's own order."""
     from impasto.recipe import Recipe

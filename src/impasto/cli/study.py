@@ -14,7 +14,7 @@ from impasto import console
 from impasto.cli import options
 from impasto.cli.helping import Command, Group
 from impasto.cli.laser import laser
-from impasto.cli.loading import RUNS, Loading, recorded, require_tokenizer, run_folder
+from impasto.cli.loading import RUNS, Loading, check_tasks, recorded, require_tokenizer, run_folder
 from impasto.cli.pages import Protocol, planned, show, write
 from impasto.errors import FetchError, UsageError
 from impasto.result import digest
@@ -83,6 +83,7 @@ def painters(
     from impasto.studies.protocol import check_methods
 
     check_methods(options.split(methods))  # a wrong name costs seconds and a model minutes
+    check_tasks(options.split(tasks), include_path)
     with loading.store(folder, dry_run=dry_run) as store, console.phases() as progress:
         loaded = loading.load(model, progress)
         require_tokenizer(loaded)
