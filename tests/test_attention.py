@@ -151,7 +151,6 @@ def test_rows_of_a_padded_batch_equal_rows_alone(family: str, asked: list[tuple[
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
 @pytest.mark.parametrize("ours", [True, False])
 def test_recorded_steps_with_attention_of_ours_and_without(

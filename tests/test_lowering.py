@@ -15,7 +15,6 @@ import families
 from impasto import lowering, pieces, regions, rows
 from impasto.fast import fast
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "bloom", "mixtral")  # that differ in what passes find
 
 
@@ -231,7 +230,6 @@ def test_wide_rows_are_normed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [100, 896, 4096])
 @pytest.mark.parametrize("one", [False, True])

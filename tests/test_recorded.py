@@ -107,7 +107,6 @@ def test_nothing_is_recorded_on_a_cpu_or_against_the_wish() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mixtral"])
 def test_recordings_on_a_gpu(family: str) -> None:
     model, tokenizer = tiny_model(family).cuda(), tiny_tokenizer()

@@ -20,7 +20,6 @@ SHAPES = [  # batch, heads, key heads, columns, width, width of a value
     (3, 4, 4, 33, 80, 48),
     (4, 8, 2, 1500, 16, 16),
 ]
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def example(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
@@ -147,7 +146,7 @@ def test_a_mapped_mask_of_fewer_rows_than_the_batch() -> None:
     torch.testing.assert_close(together, torch.stack(each))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_who_sees_nothing_gets_nothing_and_hidden_columns_may_hold_anything(device: str) -> None:
     query, key, value = example((2, 4, 2, 70, 16, 16), device=device)
     mask = torch.ones(2, 1, 1, 70, dtype=torch.bool, device=device)
@@ -510,7 +509,6 @@ def test_an_activation_that_no_kernel_knows_stays() -> None:
 
 
 @pytest.mark.gpu
-@CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "shape", [*SHAPES, (24, 14, 2, 1024, 64, 64), (1, 32, 32, 4097, 128, 128), (1, 8, 1, 9000, 512, 512)]
@@ -525,7 +523,6 @@ def test_kernels_of_attention(shape: tuple[int, ...], dtype: torch.dtype) -> Non
 
 
 @pytest.mark.gpu
-@CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("columns", [100, 896, 4864])
@@ -543,7 +540,6 @@ def test_kernels_of_products(outputs: tuple[int, ...], columns: int, bias: bool,
 
 
 @pytest.mark.gpu
-@CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "bias"), [((12, 37, 100), True), ((3, 4864, 896), False), ((2, 1000, 4096), True)])
 @pytest.mark.parametrize("activation", rows.ACTIVATIONS)
@@ -563,7 +559,6 @@ def test_kernels_of_gates(activation: str, shape: tuple[int, int, int], bias: bo
 
 
 @pytest.mark.gpu
-@CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", rows.ACTIVATIONS)
 def test_what_is_no_number_passes_through_kernels_of_gates(activation: str, dtype: torch.dtype) -> None:

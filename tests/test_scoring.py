@@ -275,7 +275,6 @@ def test_the_largest_of_many(rows: int, words: int, seed: int, ties: bool) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_logits_are_weighed_alike_by_the_kernel(dtype: torch.dtype) -> None:
     from impasto.kernels import weigh
