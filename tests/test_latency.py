@@ -486,7 +486,8 @@ def test_a_bench_leaves_the_model_as_it_was_and_goes_into_a_store(
         assert [one.key for one in kept] == [f"{case.key}, {mode}" for case in bench.cases]
         expected = bench.ratio(next(t for t in bench.of(bench.cases[0]) if t.recipe == SKIP.fingerprint))
         assert expected is not None and kept[0].value["summary"]["tpot_ratio"]["value"] == expected.value
-        assert kept[0].value["machine"]["versions"]["torch"] == torch.__version__
+        release, *_ = kept[0].value["machine"]["versions"]["torch"].split("+")  # behind it, which build it is
+        assert torch.__version__.split("+")[0] == release
 
 
 @pytest.mark.parametrize("kind", [Plain, Fast])
