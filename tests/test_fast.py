@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 import families
 from impasto.errors import NotationError, UnsupportedModel, UsageError
 from impasto.fast import fast
-from impasto.graphs import Eager, Work
+from impasto.graphs import Cuda, Eager, Work
 from impasto.runtime import scheduled
 from impasto.surgery import edited
 
@@ -163,6 +163,35 @@ def test_compiled_regions_compute_the_same() -> None:
     assert list(made) == plain(model, MIXED, prompt, 8)
 
 
+@pytest.mark.slow
+def test_what_is_compiled_serves_other_models_and_schedules_and_holds_no_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled, compile = [], torch._inductor.compile
+    monkeypatch.setattr(torch._inductor, "compile", lambda *args, **kw: compiled.append(1) or compile(*args, **kw))
+    (prompt,) = prompts(9)
+
+    def decoded(schedule: str, seed: int, steps: int) -> list[StorageWeakRef]:
+        model = families.build("llama", hidden_size=40)  # a width that no other test compiles
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        with fast(model, schedule, context=24, compile="inductor") as decoder:
+            (made,) = decoder.generate([prompt], steps, ends=())
+        assert list(made) == plain(model, schedule, prompt, steps)
+        return [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+
+    held = decoded("0:6", 1, 8)
+    assert len(compiled) == 3  # what stands before the layers, a layer, what stands behind
+    gc.collect()
+    assert all(storage.expired() for storage in held)
+    decoded("0 3 2 2 5", 2, 6)
+    assert len(compiled) == 3
+    decoded("0 {1:4} 5", 3, 6)
+    assert len(compiled) == 4
+
+
 @pytest.mark.parametrize("family", sorted(UNRECORDED))
 def test_models_that_look_at_values_are_not_recorded(family: str) -> None:
     message = "does not run as one recorded step"
@@ -295,7 +324,6 @@ def test_memory_that_recordings_read_is_theirs_while_others_move_the_models_weig
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_recording_replays_the_same_after_others_have_moved_the_models_weights() -> None:
     model, (prompt,) = families.build("llama").cuda(), prompts(9)
     with fast(model, "0:6", context=24, prompt_sizes=[16]) as decoder:
@@ -306,6 +334,37 @@ def test_a_recording_replays_the_same_after_others_have_moved_the_models_weights
     taken = [torch.full_like(p, torch.nan) for p in model.parameters() for _ in range(4)]  # whatever was freed
     assert decoder.generate([prompt], 8, ends=()) == expected
     assert taken
+
+
+@pytest.mark.gpu
+def test_a_recording_writes_into_no_memory_that_torch_may_free() -> None:
+    """Streams that have multiplied before have workspaces, which others make torch free: `torch.compile` does."""
+    backend = Cuda(torch.device("cuda"))
+    row, matrix = (torch.randn(size, 16384, dtype=torch.bfloat16, device="cuda") for size in (16, 64))
+    products = [torch.empty(16, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+
+    def work() -> None:  # so many columns are added up by several programs each, which meet in a workspace
+        with backend.fork(3) as branches:
+            for product, branch in zip(products, branches, strict=True):
+                with branch:
+                    torch.mm(row, matrix.T, out=product)
+
+    replay = backend.record(work, lambda: None)
+    replay()
+    expected = [product.clone() for product in products]
+    torch._C._cuda_clearCublasWorkspaces()
+    taken = []  # all that was freed
+    for stream in backend._streams.values():
+        with torch.cuda.stream(stream):
+            before = torch.cuda.memory_reserved()
+            while torch.cuda.memory_reserved() == before:
+                taken.append(torch.full((2**20,), 7.0, device="cuda"))
+    torch.cuda.synchronize()
+    replay()
+    torch.cuda.synchronize()
+    assert all(bool((x == 7).all()) for x in taken)
+    for product, wanted in zip(products, expected, strict=True):
+        torch.testing.assert_close(product, wanted)
 
 
 def test_the_report_tells_what_it_took() -> None:

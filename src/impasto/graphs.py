@@ -52,6 +52,20 @@ class Eager:
         """Nothing is ever pending."""
 
 
+@contextlib.contextmanager
+def _workspaces() -> Iterator[None]:
+    """Inside, cuBLAS gets workspaces anew, and so from the memory of what is being recorded.
+
+    Those that it got before, on streams that are recorded again, torch frees whenever somebody asks it to, as
+    `torch.compile` does with graphs of its own; a recording that uses them would then write into anybody's memory.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class Cuda:
     """CUDA graphs, and one stream per branch.
 
@@ -96,7 +110,7 @@ class Cuda:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             try:
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with _workspaces(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     work()
             except Exception:
                 self._pool = None  # a recording that broke off leaves its memory pool in no state to share

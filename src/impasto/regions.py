@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -26,6 +29,8 @@ aten = torch.ops.aten
 _ATTEND = torch.ops.impasto.attend.default
 _MULTIPLY = torch.ops.impasto.multiply.default
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+KEPT = 256  # compiled graphs that a process keeps for other decoders
+_compiled: OrderedDict[str, Callable[..., Sequence[Tensor]]] = OrderedDict()  # by what they compute; last used last
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +54,8 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     Raises:
         RuntimeError: the function looks at values of tensors, and would do something else for others.
     """
-    with torch.no_grad(), _OneQueryAttention():
+    shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))  # one that notes all shapes, not one for each
+    with torch.no_grad(), _OneQueryAttention(), tracing(shapes):
         graph = make_fx(lambda *tensors: list(function(*tensors)))(*inputs)
     constants = _lift(graph)
     _plain_writes(graph.graph)
@@ -61,15 +67,26 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
 
 
 def compile_region(region: Region, inputs: Sequence[Tensor], options: dict[str, Any]) -> Compiled:
-    """Kernels for the graph of a region, by torch's compiler and, for what it is slow at, ours; for fixed shapes."""
+    """Kernels for the graph of a region, by torch's compiler and, for what it is slow at, ours; for fixed shapes.
+
+    A process compiles what computes the same once, whatever model, schedule or decoder it stands in: constants are
+    inputs like others.
+    """
     from torch._inductor import compile as inductor
     from torch._inductor import config
 
     # A kernel of ours waits for the one in front alone, so that one must not be launched early without waiting itself.
-    early = {"triton.enable_pdl": False} if hasattr(config.triton, "enable_pdl") else {}
+    options = {**options, "triton.enable_pdl": False} if hasattr(config.triton, "enable_pdl") else options
     tensors: list[Any] = [*region.constants, *inputs]
-    with torch.no_grad():
-        made = inductor(lowered(region.graph), tensors, options={**options, **early})
+    graph = lowered(region.graph)
+    key = f"{_key(graph, tensors)} {sorted(options.items())}"
+    if key not in _compiled:
+        with torch.no_grad():
+            _compiled[key] = inductor(graph, tensors, options=options)
+        if len(_compiled) > KEPT:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
+    made = _compiled[key]
     count = _returned(region.graph.graph)  # behind these come rows that are kept
     return lambda values: made(*values)[:count]
 
