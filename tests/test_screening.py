@@ -120,7 +120,8 @@ def test_every_rule_is_foretold(tmp_path: Path) -> None:
     assert ranks[:8] == [19, 5, 0, 64, 16, 64, None, 0]
     nothing = {text: one.change for text, one in zip(rules, found, strict=True)}
     assert nothing["1"] == nothing["tail1"] == 0
-    assert nothing["0.001"] == pytest.approx(nothing["0"], rel=1e-5)
+    # components are kept in float32, and what 64 of them change differs in sign
+    assert nothing["0.001"] == pytest.approx(nothing["0"], rel=1e-4)
     assert nothing["r5"] != nothing["r5w"]
 
 
