@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.cache_utils import DynamicCache
 
 import families
+from impasto import regions
 from impasto.errors import NotationError, UnsupportedModel, UsageError
 from impasto.fast import fast
 from impasto.graphs import Cuda, Eager, Work
@@ -169,10 +171,11 @@ def test_what_is_compiled_serves_other_models_and_schedules_and_holds_no_weights
 ) -> None:
     compiled, compile = [], torch._inductor.compile
     monkeypatch.setattr(torch._inductor, "compile", lambda *args, **kw: compiled.append(1) or compile(*args, **kw))
+    monkeypatch.setattr("impasto.regions._compiled", OrderedDict())
     (prompt,) = prompts(9)
 
     def decoded(schedule: str, seed: int, steps: int) -> list[StorageWeakRef]:
-        model = families.build("llama", hidden_size=40)  # a width that no other test compiles
+        model = families.build("llama")
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -190,6 +193,36 @@ def test_what_is_compiled_serves_other_models_and_schedules_and_holds_no_weights
     assert len(compiled) == 3
     decoded("0 {1:4} 5", 3, 6)
     assert len(compiled) == 4
+
+
+def test_what_is_compiled_is_compiled_again_under_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_, **__: compiled.append(1) or graph)
+    monkeypatch.setattr("impasto.regions._compiled", OrderedDict())
+    memory = torch.zeros(40)
+    inputs = [memory[:8], memory[8:16]]
+    region = regions.trace(lambda a, b: [a * b + 0.5], inputs)
+
+    def count(inputs: list[torch.Tensor] = inputs, **options: Any) -> int:
+        regions.compile_region(region, inputs, options)
+        return len(compiled)
+
+    assert (count(), count()) == (1, 1)
+    assert count(combo_kernels=True) == 2
+    assert count([memory[1:9], memory[16:24]]) == 3  # which begins elsewhere
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        assert count() == 4
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert count() == 5
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert count() == 5
+    monkeypatch.setattr(regions, "MOST", 5)
+    other = regions.trace(lambda a, b: [a - b], inputs)
+    regions.compile_region(other, inputs, {})
+    assert (len(regions._compiled), count()) == (5, 6)  # the one that was used longest ago is gone
+    assert count(combo_kernels=True) == 7
 
 
 @pytest.mark.parametrize("family", sorted(UNRECORDED))

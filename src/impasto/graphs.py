@@ -57,7 +57,8 @@ def _workspaces() -> Iterator[None]:
     """Inside, cuBLAS gets workspaces anew, and so from the memory of what is being recorded.
 
     Those that it got before, on streams that are recorded again, torch frees whenever somebody asks it to, as
-    `torch.compile` does with graphs of its own; a recording that uses them would then write into anybody's memory.
+    `torch.compile` does before graphs of its own; a recording that uses them would then write into anybody's memory.
+    This asks the same of all streams: a recording by others that is not safe from `torch.compile` is not safe from it.
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:

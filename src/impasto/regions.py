@@ -29,8 +29,9 @@ aten = torch.ops.aten
 _ATTEND = torch.ops.impasto.attend.default
 _MULTIPLY = torch.ops.impasto.multiply.default
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-KEPT = 256  # compiled graphs that a process keeps for other decoders
-_compiled: OrderedDict[str, Callable[..., Sequence[Tensor]]] = OrderedDict()  # by what they compute; last used last
+MOST = 256  # compiled graphs that a process keeps for other decoders
+ALIGNED = 16  # bytes: a compiler makes other code for tensors that do not begin at a multiple of them
+_compiled: OrderedDict[str, Callable[..., Sequence[Tensor]]] = OrderedDict()  # by what they are; last used last
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,8 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     Raises:
         RuntimeError: the function looks at values of tensors, and would do something else for others.
     """
-    shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))  # one that notes all shapes, not one for each
-    with torch.no_grad(), _OneQueryAttention(), tracing(shapes):
+    one = TracingContext(FakeTensorMode(allow_fallback_kernels=True))  # that notes all shapes, instead of one for each
+    with torch.no_grad(), _OneQueryAttention(), tracing(one):
         graph = make_fx(lambda *tensors: list(function(*tensors)))(*inputs)
     constants = _lift(graph)
     _plain_writes(graph.graph)
@@ -70,7 +71,7 @@ def compile_region(region: Region, inputs: Sequence[Tensor], options: dict[str, 
     """Kernels for the graph of a region, by torch's compiler and, for what it is slow at, ours; for fixed shapes.
 
     A process compiles what computes the same once, whatever model, schedule or decoder it stands in: constants are
-    inputs like others.
+    inputs like others. Inputs that are changed must not share memory with one another.
     """
     from torch._inductor import compile as inductor
     from torch._inductor import config
@@ -79,16 +80,35 @@ def compile_region(region: Region, inputs: Sequence[Tensor], options: dict[str, 
     options = {**options, "triton.enable_pdl": False} if hasattr(config.triton, "enable_pdl") else options
     tensors: list[Any] = [*region.constants, *inputs]
     graph = lowered(region.graph)
-    key = f"{_key(graph, tensors)} {sorted(options.items())}"
-    if key not in _compiled:
+    aligned = [x.data_ptr() % ALIGNED == 0 for x in tensors]
+    key = f"{_key(graph, tensors)} {aligned} {sorted(options.items())} {_settings()}"
+    made = _compiled.pop(key, None)
+    if made is None:
         with torch.no_grad():
-            _compiled[key] = inductor(graph, tensors, options=options)
-        if len(_compiled) > KEPT:
-            _compiled.popitem(last=False)
-    _compiled.move_to_end(key)
-    made = _compiled[key]
+            made = inductor(graph, tensors, options=options)
+    _compiled[key] = made
+    if len(_compiled) > MOST:
+        _compiled.popitem(last=False)
     count = _returned(region.graph.graph)  # behind these come rows that are kept
     return lambda values: made(*values)[:count]
+
+
+def _settings() -> tuple[object, ...]:
+    """What torch's compiler reads beside a graph and its tensors."""
+    from torch._inductor import config
+
+    matmul = torch.backends.cuda.matmul
+    return (
+        config.get_hash(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
 
 
 def interpret_region(region: Region, inputs: Sequence[Tensor], options: dict[str, Any]) -> Compiled:

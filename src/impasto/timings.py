@@ -160,7 +160,8 @@ class Timing:
         case: what was asked.
         rounds: every sample; empty where there is a problem.
         memory: bytes needed at the most, the recipe's own weights and building included; None where it is not known.
-        build: seconds that getting ready took, by what they were spent on.
+        build: seconds that getting ready took, by what they were spent on; equal layers are compiled for the first
+            contender alone.
         demand: what the device must do at the least; None for peers.
         problem: why there are no samples, or fewer than there should be.
         notes: what should be said beside the numbers.
