@@ -410,3 +410,13 @@ def test_imports_no_model_code() -> None:
     code = f"import sys, impasto.report; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@given(st.lists(st.text("abcdefgh ", min_size=1, max_size=18), min_size=1, max_size=12, unique=True))
+def test_a_legend_takes_no_more_lines_than_it_must_and_fills_them_evenly(series: list[str]) -> None:
+    rows = [{"series": name} for name in series]
+    for canvas in (frame.WIDE, frame.NARROW):
+        columns = frame.Key.of(rows, canvas, None).columns
+        widths = {n: frame._legend_width(series, n) for n in range(1, len(series) + 1)}
+        fits = {n: math.ceil(len(series) / n) for n, width in widths.items() if width <= canvas.width - 60}
+        assert columns == min((n for n, lines in fits.items() if lines == min(fits.values())), default=1)

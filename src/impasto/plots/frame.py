@@ -319,11 +319,9 @@ class Key:
         series = names(rows, "series", order)
         present = {row.get("series") for row in rows}
         shown = [name for name in series if name in present]
-        room = canvas.width - 60
-        across = next(
-            (count for count in range(len(shown), 1, -1) if _legend_width(shown, count) <= room),
-            1,
-        )
+        fits = [n for n in range(2, len(shown) + 1) if _legend_width(shown, n) <= canvas.width - 60] or [1]
+        lines = math.ceil(len(shown) / fits[-1])
+        across = next(n for n in fits if math.ceil(len(shown) / n) == lines)  # so that lines are filled evenly
         return cls(tuple(series), legend and len(shown) > 1, across)
 
     def shown(self, rows: Rows) -> tuple[list[str], list[str], list[str]]:

@@ -82,7 +82,7 @@ def frontier(
             field="x",
             type="quantitative",
             scale=look(domain=list(across), nice=False, zero=False),
-            axis=look(title=x_title if cell.bottom else None, tickCount=max(3, cell.width // 70), format=FORMAT),
+            axis=look(title=x_title, tickCount=max(3, cell.width // 70), format=FORMAT),
         )
         y = alt.Y(
             field="y",
@@ -113,7 +113,7 @@ def frontier(
         step = _step([plane.place(*_point(row)) for row in best])
         names = placed(chosen, places, step, [plane.level(value) for value in ours], plane)
         layers += _numbers(names, [places[i] for i in chosen], plane, x, y)
-        left, top = (0.0 if canvas.wide else -EDGE), cell.height + (52.0 if cell.bottom else 34.0)
+        left, top = (0.0 if canvas.wide else -EDGE), cell.height + 52.0
         entries = listed([str(known[i].get("label")) for i in chosen], cell.width - left)
         layers += _list([replace(entry, x=left + entry.x, y=top + entry.y) for entry in entries], plane, x, y)
         return titled(alt.layer(*layers), cell)
