@@ -17,7 +17,7 @@ from rich.console import Console
 from impasto import frontier, latency, plots
 from impasto.cli import main
 from impasto.recipe import Recipe
-from impasto.result import Result, Setting
+from impasto.result import Estimate, Result, Setting
 from impasto.store import Store
 from impasto.timings import Bench, Case, Demand, Reading, Roofline, Round, Timing
 from tiny import tiny_folder
@@ -84,7 +84,7 @@ def test_a_bench_prints_tables_and_leaves_files(model: str, say: Spoken) -> None
     ]
     assert [line.split()[0] for line in lines[5:10]] == ["untouched", "A", "B", "hf", "vllm:"]
     assert lines[9] == "vllm: vLLM is not installed: pip install vllm"
-    assert re.match(r"A +[\d.,]+ +\d\.\d{3} +[\d.,]+ +[\d.,]+ +\d\.\d{3}  \d\.\d{3} to ", lines[6])
+    assert re.match(r"A +[\d.,]+ +\d\.\d{3} +[\d.,]+ +[\d.,]+ +\d\.\d{3}  [\d.<]+ to ", lines[6])
     assert "no clocks and temperatures: no driver of an NVIDIA device answers here" in text
     folder = Path("impasto-runs/tiny-bench")
     assert lines[-1] == f"samples: {folder / 'bench.json'}"
@@ -264,3 +264,11 @@ def test_figures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     assert command.drawn(nothing, tmp_path, None) == []
     assert plots.DRAWINGS["frontier"].required == ("x", "y")
     assert json.loads(json.dumps(measured().to_dict()))["timings"][0]["summary"]["tpot_ratio"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(0.5, 0.75, "0.500 to 0.750"), (0.0, 4.6e7, "<0.001 to >1,000"), (0.0011, 999.0, "0.001 to 999.000")],
+)
+def test_ends_of_an_interval_that_says_little_are_short(low: float, high: float, text: str) -> None:
+    assert command._ratio(Estimate(1.0, low, high))[1] == text

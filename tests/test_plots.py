@@ -412,6 +412,23 @@ def test_imports_no_model_code() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("kind", ["bars", "frontier"])
+def test_nothing_is_drawn_millions_of_pixels_away(kind: str) -> None:
+    """Programs that make pictures of drawings leave out whatever lies together with such a thing."""
+    field = {"bars": "value", "frontier": "x"}[kind]
+    rows: list[dict[str, Any]] = [
+        {"label": str(i), "y": i / 3, field: 1 + i / 10, "low": 0.5, "high": 1.5, "x_low": 0.5, "x_high": 1.5}
+        for i in range(3)
+    ]
+    rows[1] |= {"low": 1e-9, "high": 4.6e7, "x_low": 1e-9, "x_high": 4.6e7}
+    drawn = render.svg(plots.draw(figure(kind, rows, **({"x_domain": [0, 2]} if kind == "bars" else {}))))
+    assert drawn.count("<line") >= 3
+    places = re.findall(r'(?:transform|d|x[12]|y[12])="([^"]*)"', drawn)
+    assert (
+        max(abs(float(one)) for text in places for one in re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", text)) < 10_000
+    )
+
+
 @given(st.lists(st.text("abcdefgh ", min_size=1, max_size=18), min_size=1, max_size=12, unique=True))
 def test_a_legend_takes_no_more_lines_than_it_must_and_fills_them_evenly(series: list[str]) -> None:
     rows = [{"series": name} for name in series]

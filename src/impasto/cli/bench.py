@@ -272,7 +272,14 @@ def _ratio(ratio: Estimate | None) -> tuple[object, object]:
     if ratio.low is None or ratio.high is None:
         return f"{ratio.value:.3f}", ""
     style = "green" if ratio.high < 1 else "red" if ratio.low > 1 else ""
-    return Text(f"{ratio.value:.3f}", style), f"{ratio.low:.3f} to {ratio.high:.3f}"
+    return Text(f"{ratio.value:.3f}", style), f"{_bound(ratio.low)} to {_bound(ratio.high)}"
+
+
+def _bound(ratio: float) -> str:
+    """An end of an interval; of two rounds that differ much it says only how little is known."""
+    if ratio > 1000:
+        return ">1,000"
+    return "<0.001" if ratio < 0.001 else f"{ratio:.3f}"
 
 
 def remarks(bench: Bench) -> list[str]:

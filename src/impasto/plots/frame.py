@@ -155,6 +155,15 @@ def numbers(rows: Rows, *fields: str) -> list[float]:
     return [value for row in rows for field in fields if (value := number(row, field)) is not None]
 
 
+def near(rows: Rows, domain: Sequence[float], *fields: str) -> list[Row]:
+    """Rows in which some numbers lie at most as far outside a domain as it is long: enough to be cut off there.
+
+    Programs that make pictures of drawings leave out whole layers in which something lies millions of pixels away.
+    """
+    low, high = domain[0] - (domain[1] - domain[0]), domain[1] + (domain[1] - domain[0])
+    return [{**row, **{f: min(max(x, low), high) for f in fields if (x := number(row, f)) is not None}} for row in rows]
+
+
 def span(values: Sequence[float], fallback: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
     """Smallest and largest value, drawn apart where they are equal."""
     if not values:

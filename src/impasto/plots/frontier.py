@@ -19,6 +19,7 @@ from impasto.plots.frame import (
     Rows,
     Rule,
     look,
+    near,
     number,
     numbers,
     panels,
@@ -102,6 +103,7 @@ def frontier(
         tall = [row for row in known if number(row, "low") is not None and number(row, "high") is not None]
         broad = [row for row in known if number(row, "x_low") is not None and number(row, "x_high") is not None]
         stem = {"opacity": 0.45, "strokeWidth": 1.5, "clip": True}
+        tall, broad = near(tall, up, "low", "high"), near(broad, across, "x_low", "x_high")
         stems, arms = (alt.Chart(table(some)).mark_rule(**stem) for some in (tall, broad))
         layers.append(stems.encode(x=x, y=renamed(y, "low"), y2=alt.Y2(field="high"), color=colour))
         layers.append(arms.encode(x=renamed(x, "x_low"), x2=alt.X2(field="x_high"), y=y, color=colour))

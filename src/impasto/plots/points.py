@@ -18,6 +18,7 @@ from impasto.plots.frame import (
     Rule,
     look,
     names,
+    near,
     number,
     numbers,
     panels,
@@ -79,7 +80,9 @@ def bars(
         whole = [row for row in known if number(row, "low") is not None and number(row, "high") is not None]
         colour = key.colour(rows)
         offset = {"yOffset": alt.YOffset(field="series", type="nominal", scale=look(domain=shown))} if shown else {}
-        stems = alt.Chart(table(whole)).mark_rule(strokeWidth=2, opacity=0.55, clip=True)
+        stems = alt.Chart(table(near(whole, (low, high), "low", "high"))).mark_rule(
+            strokeWidth=2, opacity=0.55, clip=True
+        )
         dots = alt.Chart(table(known)).mark_point(filled=True, size=58, opacity=1)
         return titled(
             alt.layer(
