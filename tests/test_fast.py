@@ -6,6 +6,7 @@ import gc
 import random
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from transformers.cache_utils import DynamicCache
 
 import families
 from impasto import regions
+from impasto.apply import applied
 from impasto.errors import NotationError, UnsupportedModel, UsageError
 from impasto.fast import fast
 from impasto.graphs import Cuda, Eager, Work
+from impasto.pieces import Compile
 from impasto.runtime import scheduled
 from impasto.surgery import edited
 
@@ -415,10 +418,18 @@ def test_the_report_tells_what_it_took() -> None:
 def test_refusals() -> None:
     model = families.shared("llama")
     with (
-        pytest.raises(UsageError, match="at least one row and two columns, not 0 and 24"),
+        pytest.raises(UsageError, match="at least one row and 4 columns, not 0 and 24"),
         fast(model, batch=0, context=24),
     ):
         pass
+    with pytest.raises(UsageError, match="and 4 columns, not 1 and 3"), fast(model, context=3):
+        pass
+    with pytest.raises(UsageError, match="compile is one of 'off', 'traced', 'inductor', not 'inducter'"):
+        with fast(model, compile="inducter"):  # type: ignore[arg-type]
+            pass
+    with pytest.raises(UsageError, match="branches is one of 'stacked', 'streams', 'series', not 'stack'"):
+        with fast(model, branches="stack"):  # type: ignore[arg-type]
+            pass
     with pytest.raises(UsageError, match="recorded on CUDA devices only, and this model is on cpu: capture=False"):
         with fast(model, capture=True):
             pass
@@ -428,3 +439,96 @@ def test_refusals() -> None:
         pass
     with scheduled(model, "0"), pytest.raises(UsageError, match="already runs under a schedule"), fast(model):
         pass
+
+
+def test_the_smallest_context_decodes() -> None:
+    model, (prompt,) = families.shared("llama"), prompts(2)
+    with fast(model, "0 {1 2} 3", context=4, compile="traced") as decoder:
+        (made,) = decoder.generate([prompt], 3, ends=())
+    assert list(made) == plain(model, "0 {1 2} 3", prompt, 3)
+
+
+@pytest.mark.parametrize("compile", ["off", "traced"])
+def test_behind_its_block_a_decoder_reads_no_prompt(compile: Compile) -> None:
+    model, (prompt,) = families.shared("llama"), prompts(9)
+    with fast(model, "0 2 2 3", context=24, compile=compile) as decoder:
+        decoder.generate([prompt], 3, ends=())
+    with pytest.raises(UsageError, match="this decoder's `with` block has ended"):
+        decoder.generate([prompt], 3, ends=())
+    with fast(model, "0:6", context=24), pytest.raises(UsageError, match="has ended"):
+        decoder.generate([prompt], 3, ends=())
+
+
+def test_a_model_can_be_trained_after_it_was_stacked_in_inference_mode() -> None:
+    model, ids = families.build("llama"), torch.tensor(prompts(7))
+    with torch.inference_mode(), fast(model, STACKED, context=24, compile="traced"):
+        pass
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("compile", ["off", "traced"])
+def test_a_decoder_notes_nothing_for_gradients_whatever_thread_and_mode_uses_it(compile: Compile) -> None:
+    model, (prompt,) = families.build("llama"), prompts(9)
+    expected = plain(model, STACKED, prompt, 6)
+    with fast(model, STACKED, context=24, compile=compile) as decoder:
+        with torch.enable_grad():
+            assert [list(row) for row in decoder.generate([prompt], 6, ends=())] == [expected]
+        with ThreadPoolExecutor(1) as pool:
+            assert [list(row) for row in pool.submit(decoder.generate, [prompt], 6, ()).result()] == [expected]
+        assert decoder.program.logits is not None and not decoder.program.logits.requires_grad
+        assert not any(slot.keys.requires_grad for slot in decoder.program.memory.layers)
+
+
+def test_models_are_traced_in_two_threads_at_once_and_torch_is_as_before() -> None:
+    models, (prompt,), call = [families.build("llama") for _ in range(2)], prompts(9), torch.nn.Module.__call__
+    expected = plain(models[0], STACKED, prompt, 4)
+
+    def work(model: Any) -> list[list[int]]:
+        made = []
+        for _ in range(3):
+            with fast(model, STACKED, context=16, compile="traced") as decoder:
+                made += [list(row) for row in decoder.generate([prompt], 4, ends=())]
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, models)) == [[expected] * 3] * 2
+    assert torch.nn.Module.__call__ is call
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_branches_of_a_model_that_wants_a_mask_are_stacked_too(family: str) -> None:
+    model, (prompt,) = families.shared(family), prompts(9)
+    with fast(model, "0 {1 3} 5", context=24, compile="traced") as decoder:
+        (made,) = decoder.generate([prompt], 6, ends=())
+    assert list(made) == plain(model, "0 {1 3} 5", prompt, 6)
+    assert (decoder.report.regions, decoder.report.notes) == (5, ())
+
+
+@pytest.mark.parametrize("form", [tuple, torch.tensor])
+def test_end_tokens_may_come_in_any_form(form: Any) -> None:
+    model, (prompt,) = families.build("llama"), prompts(6)
+    with fast(model, context=40) as decoder:
+        (free,) = decoder.generate([prompt], 20, ends=())
+        model.generation_config.eos_token_id = form([free[2]])
+        (made,) = decoder.generate([prompt], 20)
+    assert made == free[: free.index(free[2]) + 1]
+
+
+def test_halves_are_found_before_edits_silence_what_they_are_known_by() -> None:
+    edits, (prompt,) = ["3.self_attn.v_proj@0"], prompts(9)
+    model = families.build("llama")
+    with fast(model, "0 3.attn 3.mlp 5", edits, context=24) as decoder:
+        (made,) = decoder.generate([prompt], 6, ends=())
+    with edited(model, edits):
+        assert list(made) == plain(model, "0 3.attn 3.mlp 5", prompt, 6)
+    with applied(families.build("llama"), "0 3.attn 3.mlp 5", edits) as changed:
+        assert changed(input_ids=torch.tensor([prompt])).logits[0, -1].argmax() == made[0]
+
+
+def test_sums_of_double_precision_are_of_double_precision() -> None:
+    model, states = families.build("llama", torch.float64), []
+    with torch.no_grad(), scheduled(model, "0 sum{1 2} 3", probe=lambda event: states.append(event.hidden)):
+        model(input_ids=torch.tensor(prompts(9)))
+    before, one, two, both = states[1:5]
+    torch.testing.assert_close(both, before + (one - before) + (two - before), rtol=1e-14, atol=1e-14)

@@ -195,6 +195,12 @@ def split(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def end_tokens(*settings: Any) -> frozenset[int]:
+    """The tokens that end a text, by whatever has an `eos_token_id`: one number, several in any form, or None."""
+    known = [getattr(one, "eos_token_id", None) for one in settings]
+    return frozenset(int(i) for ids in known if ids is not None for i in torch.as_tensor(ids).flatten().tolist())
+
+
 def probe_inputs(model: nn.Module, length: int = 5) -> dict[str, Tensor]:
     """A tiny valid input: `length` token ids, or one grey ramp of an image.
 

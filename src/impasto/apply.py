@@ -13,6 +13,7 @@ from impasto.anatomy import anatomy
 from impasto.calibration import Calibration, calibrate
 from impasto.edit import Edit
 from impasto.fetch import cache_root
+from impasto.halves import find_halves
 from impasto.models import LoadedModel
 from impasto.runtime import KV, Probe, scheduled
 from impasto.schedule import Schedule
@@ -54,6 +55,11 @@ def applied(
     """
     live = model.model if isinstance(model, LoadedModel) else model
     edits = list(edits)
+    if schedule is not None and edits:
+        body = anatomy(live)
+        schedule = Schedule.parse(schedule, layers=body.depth) if isinstance(schedule, str) else schedule
+        schedule.check(body.depth)
+        find_halves(live, body, schedule.steps)
     with contextlib.ExitStack() as stack:
         if edits and isinstance(model, LoadedModel) and calibration is None:
             stack.enter_context(worn(model, edits))

@@ -19,7 +19,7 @@ from impasto.edit import Edit
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.fast import Decoder, fast
 from impasto.fetch import cache_root
-from impasto.halves import halves
+from impasto.halves import find_halves, halves
 from impasto.hardware import Watch, peak_memory
 from impasto.models import LoadedModel
 from impasto.pieces import Compile
@@ -163,6 +163,7 @@ class _Own:
         self.outfit = outfit
         self.watch = watch
         self.body = written(self.model)
+        find_halves(self.model, self.body, recipe.schedule.steps)
 
     def count(self, case: Case, keys: float) -> Demand:
         """What the case demands; `keys` are the bytes of keys and values that a step reads."""

@@ -15,18 +15,20 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from impasto.anatomy import Anatomy, anatomy, heads, input_device, probe_inputs, quietly, split, text_config
+from impasto.anatomy import Anatomy, anatomy, end_tokens, heads, input_device, probe_inputs, quietly, split, text_config
 from impasto.attention import shares
+from impasto.calibration import Calibration
 from impasto.edit import Edit
 from impasto.errors import UnsupportedModel, UsageError
 from impasto.generation import Size
 from impasto.graphs import Backend, Cuda, Eager, Work
+from impasto.halves import find_halves
 from impasto.pieces import Compile, Pieces
 from impasto.program import Program
 from impasto.runtime import Player
@@ -37,6 +39,7 @@ from impasto.taps import tapped
 from impasto.teams import Team, absent
 
 SMALLEST_BUCKET = 256  # columns
+LEAST = 4  # columns: a prompt and three tokens are compared with the plain runtime
 PROBE = 12  # tokens of the prompt on which a decoder is compared with the plain runtime
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative error of logits; 0.1 for shorter numbers
 PROMPT_SIZES = (16, 32, 64, 128, 256, 512)  # longer prompts keep the device busy unrecorded
@@ -94,6 +97,7 @@ def fast(
     compile: Compile = "off",
     options: Mapping[str, Any] | None = None,
     team: Team | None = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[Decoder]:
     """Compile `model` under a recipe for greedy decoding, for the length of a `with` block.
 
@@ -120,16 +124,20 @@ def fast(
         team: processes that share the members of parallel groups, as `impasto.teams.join` gives them; each has a
             decoder of its own, and all make the same calls at the same time. The sums that end groups are recorded
             with everything else.
+        calibration: inputs of the matrices, for edits with w.
 
     Raises:
-        UsageError: sizes that cannot be, a device that cannot record, or a team that does not play the same.
+        UsageError: sizes and names that cannot be, a device that cannot record, or a team that does not play the same.
         UnsupportedModel: the model keeps more than keys and values, reads values of tensors while it runs, or its
             steps differ from the plain runtime's.
         NotationError: a text that cannot be read, or that does not fit this model.
     """
     live: nn.Module = model if isinstance(model, nn.Module) else model.model
-    if batch < 1 or context < 2:
-        raise UsageError(f"a decoder has at least one row and two columns, not {batch} and {context}")
+    if batch < 1 or context < LEAST:
+        raise UsageError(f"a decoder has at least one row and {LEAST} columns, not {batch} and {context}")
+    for name, value, known in (("compile", compile, Compile), ("branches", branches, Branches)):
+        if value not in get_args(known):
+            raise UsageError(f"{name} is one of {', '.join(map(repr, get_args(known)))}, not {value!r}")
     device = input_device(live)
     if capture is None:
         capture = device.type == "cuda"
@@ -139,14 +147,15 @@ def fast(
     edits = list(edits)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quietly(live))
-        if edits:
-            stack.enter_context(edited(live, edits, form="factored"))
         body = _supported(live)
         if schedule is None:
             schedule = Schedule.identity(body.depth)
         elif isinstance(schedule, str):
             schedule = Schedule.parse(schedule, layers=body.depth)
         schedule.check(body.depth)
+        if edits:
+            find_halves(live, body, schedule.steps)
+            stack.enter_context(edited(live, edits, form="factored", calibration=calibration))
         if buckets is None:
             buckets = [context] if compile != "off" else _doubling(SMALLEST_BUCKET, context)
         sizes = tuple(sorted({min(size, context) for size in buckets} | {context}))
@@ -199,7 +208,7 @@ def hastened(
     """A decoder for so much work where it pays, else None; what `impasto.generation.generate` takes as `hasten`."""
     if not pays(model, schedule, size):
         return None
-    return fast(model, schedule, batch=size.rows, context=max(size.columns, 2))
+    return fast(model, schedule, batch=size.rows, context=max(size.columns, LEAST))
 
 
 def _supported(model: nn.Module) -> Anatomy:
@@ -278,7 +287,8 @@ class Decoder:
         Raises:
             UsageError: an empty prompt, or one that leaves no room for so many tokens.
         """
-        stops = frozenset(_ends(self.program.model) if ends is None else ends)
+        own = getattr(self.program.model, "generation_config", None)
+        stops = end_tokens(own) if ends is None else frozenset(ends)
         answers: list[tuple[int, ...]] = []
         for first in range(0, len(prompts), self.batch):
             rows = [list(prompt) for prompt in prompts[first : first + self.batch]]
@@ -322,13 +332,14 @@ class Decoder:
         if longest > self.context:
             raise UsageError(f"a prompt of {longest} tokens is longer than the context of {self.context}")
         width = next((size for size in self.prompt_sizes if size >= longest), None)
-        ids = self._placed(prompts, width or longest)
-        if width is None:
-            self.program.prompt(ids.to(self.program.device))
-        else:
-            static, work = self._recorded_prompt(width)
-            static.copy_(ids)
-            work()
+        with torch.no_grad():  # which holds for one thread only
+            ids = self._placed(prompts, width or longest)
+            if width is None:
+                self.program.prompt(ids.to(self.program.device))
+            else:
+                static, work = self._recorded_prompt(width)
+                static.copy_(ids)
+                work()
         return self.program.ids[:, 0]
 
     def _placed(self, prompts: Sequence[Sequence[int]] | Tensor, width: int) -> Tensor:
@@ -355,9 +366,10 @@ class Decoder:
         if not 0 < self.filled < self.context:
             raise UsageError("prefill prompts first" if not self.filled else f"the context of {self.context} is full")
         visible = self._visible()
-        if visible not in self._steps:
-            self._steps[visible] = self._recorded_step(visible)
-        self._steps[visible]()
+        with torch.no_grad():  # which holds for one thread only
+            if visible not in self._steps:
+                self._steps[visible] = self._recorded_step(visible)
+            self._steps[visible]()
         self.filled += 1
         return self.program.ids[:, 0]
 
@@ -372,9 +384,10 @@ class Decoder:
         """Compare with the plain runtime, compile what is to be compiled, and record the first step."""
         program = self.program
         prompts = _probe(program.model, self.batch, min(PROBE, self.context - 3))
+        stacks, report = self.stacks, self.report
         # Some models look at values where they are given no mask, so a mask is tried before giving up.
         for attempt in (False, True) if not program.padded else (True,):
-            program.padded = attempt
+            program.padded, self.stacks, self.report = attempt, stacks, report
             try:
                 self._prepare(prompts, compile, options)
                 break
@@ -474,7 +487,8 @@ class Decoder:
                 self._live_step(self._visible())
                 self.filled += 1
             assert self.program.logits is not None
-            error = (self.program.logits.float() - logits.float()).norm() / logits.float().norm()
+            wanted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            error = (self.program.logits.to(wanted.dtype) - wanted).norm() / wanted.norm()
             errors.append(error.item() if error.isfinite() else float("inf"))
         return max(errors)
 
@@ -545,12 +559,6 @@ def _until(row: Sequence[int], stops: frozenset[int]) -> tuple[tuple[int, ...], 
         if token in stops:
             return tuple(row[: place + 1]), True
     return tuple(row), False
-
-
-def _ends(model: nn.Module) -> list[int]:
-    """The tokens that end a text, as the model's generation settings have them."""
-    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return [] if known is None else known if isinstance(known, list) else [known]
 
 
 def _probe(model: nn.Module, batch: int, length: int) -> list[list[int]]:

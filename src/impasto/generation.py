@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.cache_utils import DynamicCache
 
 from impasto import memory
-from impasto.anatomy import Anatomy, anatomy, input_device, quietly, text_config
+from impasto.anatomy import Anatomy, anatomy, end_tokens, input_device, quietly, text_config
 from impasto.errors import OutOfMemory, UnsupportedModel, UsageError
 from impasto.result import Request, Response
 from impasto.runtime import KV, scheduled
@@ -267,8 +267,7 @@ class _Writer:
         def plainly(text: str) -> list[int]:
             return list(tokenizer.encode(text, add_special_tokens=False))
 
-        known = (getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer.eos_token_id)
-        ends = frozenset(int(i) for ids in known if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
+        ends = end_tokens(getattr(model, "generation_config", None), tokenizer)
         pad = tokenizer.pad_token_id
         return cls(
             model=model,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from impasto.anatomy import Anatomy, probe_inputs, quietly
 from impasto.errors import UnsupportedModel
+from impasto.steps import Step, leaves
 from impasto.taps import Context, Enough, hidden_of, real_call, tapped
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where a block keeps what runs it again in the backward pass
@@ -101,6 +102,17 @@ def halves(model: nn.Module, anatomy: Anatomy, layer: int) -> Halves:
         known = _split(model, block, layer)
         _KNOWN[block] = known
     return known
+
+
+def find_halves(model: nn.Module, anatomy: Anatomy, steps: tuple[Step, ...]) -> None:
+    """Find the halves that some steps of a schedule run, before edits silence what they are known by.
+
+    Raises:
+        UnsupportedModel: a block cannot be split exactly.
+    """
+    for call in leaves(steps):
+        if call.half != "whole":
+            halves(model, anatomy, call.layer)
 
 
 def members(model: nn.Module, anatomy: Anatomy, layer: int) -> Mapping[str, str]:

@@ -335,10 +335,10 @@ class _Walk:
         scorer, layer = self.scorer, symbol.call.layer
         block = scorer.body.layers[layer]
         with contextlib.ExitStack() as stack:
+            if symbol.call.half != "whole":  # found before weights are changed
+                stack.enter_context(halves(scorer.model, scorer.body, layer).only(block, symbol.call.half))
             if symbol.edits and scorer.wear is not None:
                 stack.enter_context(scorer.wear(layer, symbol.edits))
-            if symbol.call.half != "whole":
-                stack.enter_context(halves(scorer.model, scorer.body, layer).only(block, symbol.call.half))
             args, kwargs = self.contexts[layer].join(hidden)
             return hidden_of(real_call(block, args, kwargs))
 

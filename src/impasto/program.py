@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from impasto.anatomy import Anatomy
 from impasto.attention import configs, shared
+from impasto.errors import UsageError
 from impasto.graphs import Backend
 from impasto.runtime import Player
 from impasto.schedule import Call, Group, Schedule
@@ -142,6 +143,7 @@ class Program:
 
         What stands in columns behind the prompts is never seen: each is written anew before attention reaches it.
         """
+        self._require()
         self.clock.begin(ids.shape[1])
         asked = self.inputs(ids)
         if "logits_to_keep" in self.body.arguments:
@@ -153,9 +155,16 @@ class Program:
 
     def step(self, visible: int) -> None:
         """From the newest tokens to the next ones, attention seeing the first `visible` columns."""
+        self._require()
         self.clock.go_on(visible)
         with shared(self.configs):
             self.finish(self.inputs(self.ids))
+
+    def _require(self) -> None:
+        """Make sure that the model plays the schedule: behind its block it would run, and answer, as it is."""
+        handler, _ = self.body.layers[0].__dict__.get("_impasto_tap", (None, 0))
+        if handler is not self.player:
+            raise UsageError("this decoder's `with` block has ended: what it has not recorded can run inside only")
 
     def finish(self, asked: dict[str, Any]) -> None:
         """Call the model, and choose."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _MULTIPLY = torch.ops.impasto.multiply.default
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 MOST = 256  # compiled graphs that a process keeps for other decoders
 ALIGNED = 16  # bytes: a compiler makes other code for tensors that do not begin at a multiple of them
+_TRACING = threading.Lock()  # tracing changes classes of torch for its time, whichever thread it is in
 _compiled: OrderedDict[str, Callable[..., Sequence[Tensor]]] = OrderedDict()  # by what they are; last used last
 
 
@@ -56,7 +58,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
         RuntimeError: the function looks at values of tensors, and would do something else for others.
     """
     one = TracingContext(FakeTensorMode(allow_fallback_kernels=True))  # that notes all shapes, instead of one for each
-    with torch.no_grad(), _OneQueryAttention(), tracing(one):
+    with _TRACING, torch.no_grad(), _OneQueryAttention(), tracing(one):
         graph = make_fx(lambda *tensors: list(function(*tensors)))(*inputs)
     constants = _lift(graph)
     _plain_writes(graph.graph)

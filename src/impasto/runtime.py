@@ -261,8 +261,9 @@ def merge(outputs: list[Tensor], hidden: Tensor, how: str) -> Tensor:
     outputs = [out.to(hidden.device) for out in outputs]
     if how == "mean":
         return torch.stack(outputs).mean(0)
-    wide = hidden.float()
-    return (wide + sum(out.float() - wide for out in outputs)).to(hidden.dtype)
+    kind = torch.promote_types(hidden.dtype, torch.float32)
+    wide = hidden.to(kind)
+    return (wide + sum(out.to(kind) - wide for out in outputs)).to(hidden.dtype)
 
 
 def _slots(steps: tuple[Step, ...], kv: KV) -> tuple[tuple[int, ...], ...]:

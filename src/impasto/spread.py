@@ -21,11 +21,10 @@ from torch import nn
 
 from impasto.anatomy import Anatomy, anatomy, heads
 from impasto.errors import UnsupportedModel, UsageError
-from impasto.halves import halves
+from impasto.halves import find_halves
 from impasto.models import LoadedModel, load
 from impasto.schedule import Schedule
 from impasto.shares import by_size, plan
-from impasto.steps import leaves
 from impasto.teams import Processes, Team, is_split, mark_split, planned
 
 _DIMS = {"colwise": 0, "rowwise": 1}  # of a linear layer's weight, by transformers' name for the split
@@ -139,9 +138,7 @@ def _fitting(schedule: Schedule | str, depth: int) -> Schedule:
 def _needed(model: nn.Module, body: Anatomy, schedule: Schedule, team: Team) -> frozenset[int]:
     """The layers that this process calls, after learning all that only a whole model can tell."""
     mine = planned(body, schedule, team.size)
-    for call in leaves(mine.steps[team.rank]):
-        if call.half != "whole":
-            halves(model, body, call.layer)
+    find_halves(model, body, mine.steps[team.rank])
     return mine.layers(team.rank)
 
 

@@ -60,7 +60,7 @@ class Stacks:
         key = tuple(t.data_ptr() for t in tensors)
         if key in self._made:
             return self._made[key]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # parameters that move into it are to be trained again
             stack = torch.stack([t.detach() for t in tensors])
         for old, new in zip(tensors, stack, strict=True):
             parameter = self._parameters.get(old.data_ptr())
@@ -88,8 +88,9 @@ class Stacks:
 
     def close(self) -> None:
         """Give every parameter that moved memory of its own again."""
-        for parameter in self._moved.values():
-            parameter.data = parameter.data.clone()
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in self._moved.values():
+                parameter.data = parameter.data.clone()
         self._moved = {}
 
 
