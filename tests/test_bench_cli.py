@@ -131,12 +131,46 @@ def test_ctrl_c_prints_and_keeps_what_is_finished(model: str, say: Spoken, monke
 
     monkeypatch.setattr(latency, "measure", interrupted)
     code, text, errors = say("bench", model, "-s", "0 2:", *QUICK, "--peers", "none")
-    assert code == 130 and errors.splitlines()[-1] == "stopped"
+    assert code == 130 and errors.splitlines()[-2:] == [
+        "note: batch 2, context 8, 3 new tokens: not measured",
+        "stopped",
+    ]
     assert "batch 1, context 8, 3 new tokens" in text and "batch 2" not in text
     folder = Path("impasto-runs/tiny-bench")
     assert not latency.load(folder / "bench.json").complete
     with Store(folder, readonly=True) as store:
         assert store.runs()[0].outcome == "interrupted"
+
+
+def test_a_bench_leaves_an_earlier_one_in_its_folder_alone(
+    model: str, say: Spoken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, line = Path("impasto-runs/tiny-bench"), ("bench", model, "-s", "0 2:", *QUICK, "--peers", "none")
+    assert say(*line, "--batch-sizes", "1,2,3")[0] == 0
+    first = (folder / "bench.json").read_text()
+    (folder / "figures" / "other.png").write_text("of another command")
+    measure = latency.measure
+
+    def stopped(*arguments: Any, **options: Any) -> Bench:
+        return replace(measure(*arguments, **options), timings=(), complete=False)
+
+    def short(*arguments: Any, **options: Any) -> Bench:
+        found = measure(*arguments, **options)
+        timings = [replace(one, rounds=one.rounds[:1]) for one in found.timings]
+        return replace(found, timings=tuple(timings), complete=False)
+
+    monkeypatch.setattr(latency, "measure", stopped)
+    code, text, errors = say(*line)
+    assert (code, text) == (130, "") and errors.splitlines()[-1] == "stopped"
+    assert (folder / "bench.json").read_text() == first and not (folder / "earlier").exists()
+    monkeypatch.setattr(latency, "measure", short)
+    code, _, errors = say(*line)
+    assert code == 130 and "note: batch 2, context 8, 3 new tokens: 1 of 2 rounds" in errors.splitlines()
+    (kept,) = (folder / "earlier").iterdir()
+    assert f"note: samples and figures of the bench that was here before are in {kept}" in errors.splitlines()
+    assert (kept / "bench.json").read_text() == first and (kept / "figures" / "throughput.png").exists()
+    assert len(latency.load(folder / "bench.json").timings) == 4
+    assert {path.stem for path in (folder / "figures").iterdir()} == {"tpot-ratio", "ttft-ratio", "other"}
 
 
 @pytest.mark.parametrize(

@@ -488,6 +488,22 @@ def test_letters_do_not_run_out() -> None:
     assert evaluate_module().letters(28)[-3:] == ["Z", "A2", "B2"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "higher", "style"),
+    [
+        (0.1, 0.3, True, "green"),
+        (0.1, 0.3, False, "red"),
+        (-0.3, -0.1, False, "green"),
+        (-0.3, -0.1, True, "red"),
+        (-0.1, 0.3, False, ""),
+    ],
+)
+def test_a_difference_is_green_where_it_is_better(low: float, high: float, higher: bool, style: str) -> None:
+    module = evaluate_module()
+    row = module.Row(Estimate(1.0), Estimate((low + high) / 2, low, high))
+    assert module._difference(row, higher=higher)[0].style == style
+
+
 def evaluate_module() -> types.ModuleType:
     return sys.modules["impasto.cli.evaluate"]
 
@@ -630,6 +646,12 @@ def test_show(model: str, say: Spoken) -> None:
     shares = [float(share) for share in re.findall(r"^(?:embedding|layers|head|the rest) .*?([\d.]+)%", text, re.M)]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     assert re.search(r"mlp\.down_proj +32 × 64 +2,048 +22\.1%", text)
+
+
+def test_run_asks_for_too_much_before_it_prints_anything(model: str, say: Spoken) -> None:
+    code, text, errors = say("run", model, "hello", "-s", "0:4", "--max-new-tokens", "1000000")
+    assert (code, text) == (2, "")
+    assert re.search(r"1000000 new tokens leave no room for a prompt in the model's window of \d+: ask for", errors)
 
 
 def test_run(model: str, say: Spoken) -> None:

@@ -217,6 +217,21 @@ def respond(
     return [answers[i] for i in range(len(rows))]
 
 
+def prompt_room(window: int, limit: int) -> int:
+    """The most tokens of a prompt that `limit` new ones leave in a window.
+
+    Raises:
+        UsageError: none at all, or no new tokens.
+    """
+    if limit < 1:
+        raise UsageError(f"at least one token must be generated, not {limit}")
+    if limit >= window:
+        raise UsageError(
+            f"{limit} new tokens leave no room for a prompt in the model's window of {window}: ask for fewer"
+        )
+    return window - limit
+
+
 def context_window(model: nn.Module, tokenizer: Any) -> int:
     """The most tokens the model reads, as the harness finds it: config, then tokenizer, then 2,048."""
     config = getattr(model.config, "text_config", None) or model.config
@@ -281,13 +296,7 @@ class _Writer:
         )
 
     def row(self, place: int, prompt: Sequence[int] | str, limit: int, until: Sequence[str]) -> _Row:
-        if limit < 1:
-            raise UsageError(f"at least one token must be generated, not {limit}")
-        room = self.window - limit
-        if room < 1:
-            raise UsageError(
-                f"{limit} new tokens leave no room for a prompt in the model's window of {self.window}: ask for fewer"
-            )
+        room = prompt_room(self.window, limit)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             ids = [next(i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0) if i is not None)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from impasto.result import Estimate, Figure
     from impasto.timings import Bench, Case, How, Timing
 
-FILE = "bench.json"
+FILE, FIGURES = "bench.json", "figures"
+DRAWN = ("frontier", "tpot-ratio", "ttft-ratio", "throughput")
 OWN = ("plain", "fast")
 TIMES = 6  # columns about times; those behind them are about rates and memory
 _TIMING = "What is timed"
@@ -120,13 +123,14 @@ def bench(
     if accuracy is not None:
         with Store(accuracy, readonly=True):  # a wrong folder is told before minutes go into timing
             pass
-    folder = run_folder(output, model, "bench")
+    folder, found = run_folder(output, model, "bench"), None
     loading = Loading(device, dtype, revision, trust_remote_code, attn_implementation, device_map)
     with Store(folder) as store:
         with console.phases() as progress:
             loaded = loading.load(model, progress)
             chosen = compared(loaded, schedule, edit)
             from impasto import latency
+            from impasto.timings import cases
 
             with contextlib.suppress(KeyboardInterrupt), recorded(store, ["impasto", *sys.argv[1:]]):
                 found = latency.measure(
@@ -142,18 +146,48 @@ def bench(
                     progress=progress.share,
                     aside=lambda what, detail: progress.aside(what, detail, 0, 0),
                 )
-                latency.keep(found, store)
-                latency.save(found, folder / FILE)
+                if found.timings:
+                    set_aside(folder)
+                    latency.keep(found, store)
+                    latency.save(found, folder / FILE)
                 if not found.complete:
                     raise KeyboardInterrupt  # to be noted in the store; told at the end
+        if found is None or not found.timings:
+            raise KeyboardInterrupt  # before anything was measured
         out = console.output()
         print_schedules(out, loaded, chosen)
         show(out, found)
+    for line in unfinished(found, list(cases(sizes, lengths, new_tokens)), rounds):
+        console.note(line)
     for path in drawn(found, folder, accuracy):
         out.print(console.plain(f"figure: {path}"), soft_wrap=True)
     out.print(console.plain(f"samples: {folder / FILE}"), soft_wrap=True)
     if not found.complete:
         raise KeyboardInterrupt
+
+
+def set_aside(folder: Path) -> None:
+    """Move the samples and figures of an earlier bench in this run folder to a folder of their own."""
+    if not (folder / FILE).exists():
+        return
+    written = datetime.fromtimestamp((folder / FILE).stat().st_mtime, UTC)
+    target = folder / "earlier" / f"{written:%Y-%m-%dT%H-%M-%S.%f}"
+    (target / FIGURES).mkdir(parents=True, exist_ok=True)
+    for path in (folder / FIGURES).glob("*"):
+        if path.stem in DRAWN:
+            path.rename(target / FIGURES / path.name)
+    (folder / FILE).rename(target / FILE)
+    console.note(f"samples and figures of the bench that was here before are in {target}")
+
+
+def unfinished(bench: Bench, asked: Sequence[Case], rounds: int) -> Iterator[str]:
+    """What a bench that was stopped did not measure, or not as often as was asked."""
+    for case in () if bench.complete else asked:
+        made = [len(timing.rounds) for timing in bench.of(case) if not timing.problem]
+        if not bench.of(case):
+            yield f"{case}: not measured"
+        elif made and min(made) < rounds:
+            yield f"{case}: {min(made)} of {rounds} rounds"
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -328,7 +362,7 @@ def drawn(bench: Bench, folder: Path, accuracy: Path | None) -> list[Path]:
             figures.insert(0, _frontier(bench, accuracy))
         except ImpastoError as problem:
             console.note(f"no frontier: {problem}")
-    return [plots.save(figure, folder / "figures")["png"] for figure in figures if figure.rows]
+    return [plots.save(figure, folder / FIGURES)["png"] for figure in figures if figure.rows]
 
 
 def _frontier(bench: Bench, accuracy: Path) -> Figure:

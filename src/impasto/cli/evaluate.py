@@ -241,7 +241,11 @@ def _right_or_wrong(*columns: Sequence[float | None]) -> bool:
 def comparison(chosen: Sequence[Recipe], results: Sequence[Result]) -> Any:
     """The table of one task."""
     names = ["full model", *letters(len(chosen) - 1)]
-    lines = [(name, *_score(row), *_difference(row), _p(row.p)) for name, row in zip(names, rows(results), strict=True)]
+    higher = bool(results[0].info.get("higher_is_better", True))
+    lines = [
+        (name, *_score(row), *_difference(row, higher=higher), _p(row.p))
+        for name, row in zip(names, rows(results), strict=True)
+    ]
     columns = (
         Column("", "left"),
         Column("score"),
@@ -259,12 +263,13 @@ def _score(row: Row) -> tuple[object, object]:
     return _number(row.score.value), _interval(row.score)
 
 
-def _difference(row: Row) -> tuple[object, object]:
+def _difference(row: Row, *, higher: bool) -> tuple[object, object]:
+    """The difference, green or red where it is clearly better or worse; `higher` scores are better, or lower ones."""
     if row.difference is None:
         return "", ""
     low, high = row.difference.low, row.difference.high
     clear = low is not None and high is not None and (low > 0 or high < 0)
-    style = ("green" if row.difference.value > 0 else "red") if clear else ""
+    style = ("green" if (row.difference.value > 0) == higher else "red") if clear else ""
     return Text(_number(row.difference.value, sign=True), style), _interval(row.difference, sign=True)
 
 

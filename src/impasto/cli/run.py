@@ -71,7 +71,10 @@ def run(
                 stream.write(text)
                 stream.end()
             return
+        from impasto.generation import context_window, prompt_room
+
         ids = encoded(loaded, prompt, chat=chat)
+        prompt_room(context_window(loaded.model, loaded.tokenizer), max_new_tokens)  # or nothing is printed
         progress.bytes("warming up", 0, 0)
         for recipe in (original, changed):
             _generate(loaded, recipe, ids, WARM_UP, kv, None)
