@@ -118,6 +118,13 @@ def test_the_same_scores_have_the_same_interval_and_another_seed_nearly_so() -> 
     assert (first.low, first.high) == pytest.approx((second.low, second.high), abs=0.03)
 
 
+def test_a_difference_of_right_and_wrong_answers_is_at_most_one() -> None:
+    few = statistics.paired_bootstrap([1, 1, 1, 0], [0, 0, 1, 1]), statistics.paired_bootstrap([0, 0, 0], [1, 0, 1])
+    assert all(-1 <= one.low <= one.value <= one.high <= 1 for one in few)
+    assert few[1].low == -1
+    assert statistics.paired_bootstrap([1, 2, 5], [0, 0, 0]).high > 5  # other scores have no such end
+
+
 def test_a_recipe_equal_to_the_full_model_differs_by_exactly_nothing() -> None:
     scores = np.random.default_rng(8).normal(size=40)
     panel = Panel(scores, [scores, scores + 1])

@@ -131,10 +131,13 @@ def over_seeds(scores: Scores | Sequence[Scores], *, n: int = RESAMPLES, seed: i
 def differences(panel: Panel, *, n: int = RESAMPLES, seed: int = 0) -> list[Estimate]:
     """For each recipe the mean of (recipe - full), each with its own 95 % interval.
 
-    All recipes see the same resampled documents, which also makes this much faster than one call for each.
+    All recipes see the same resampled documents, which also makes this much faster than one call for each. Where
+    documents are right or wrong, no interval reaches further than one.
     """
     values, resampled = _difference_resamples(panel, n, seed)
-    return [_estimate(value, column) for value, column in zip(values, resampled.T, strict=True)]
+    scores = np.append(panel.rows, panel.baseline)
+    most = 1.0 if _is_binary(scores[np.isfinite(scores)]) else math.inf
+    return [_estimate(value, column) for value, column in zip(values, resampled.clip(-most, most).T, strict=True)]
 
 
 def simultaneous_differences(panel: Panel, *, n: int = 4_000, seed: int = 0) -> list[Estimate]:
