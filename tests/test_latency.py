@@ -300,18 +300,20 @@ def test_what_cannot_be_is_refused(loaded: LoadedModel) -> None:
 
 
 def test_progress_goes_up_to_the_end(loaded: LoadedModel) -> None:
-    heard: list[float] = []
+    heard: list[tuple[str, float]] = []
     asides: list[tuple[str, str]] = []
     stage = Stage(wrong=lambda what, who, alive: full() if len(alive) > 2 else None)
     played(
         loaded,
         stage,
         batch_sizes=[1, 2],
-        progress=lambda what, share: heard.append(share),
+        progress=lambda what, share: heard.append((what, share)),
         aside=lambda *said: asides.append(said),
     )
-    assert heard == sorted(heard) and heard[-1] == 1.0 and 0 < heard[0] < 0.2
-    assert asides[0] == ("roofline of the device", "")
+    assert heard[:2] == [("roofline of the device", 0.0), ("roofline of the device", 1.0)]
+    assert {what for what, _ in heard[2:]} == {"measuring"}
+    shares = [share for _, share in heard[2:]]
+    assert shares == sorted(shares) and shares[-1] == 1.0 and 0 < shares[0] < 0.2
     assert ("batch 1, context 8, 4 new tokens", "round 1") in asides
 
 

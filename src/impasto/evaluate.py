@@ -413,7 +413,7 @@ def _results(
                     continue
                 result = task.result(recipe.fingerprint, responses)
                 store.put_result(setting, result)
-                _warn(recipe, result, note, cut)
+            _warn(recipe, result, note, cut)  # also of what an earlier run has answered
             results.append(result)
         if progress is not None:
             progress("judging", (i + 1) / len(recipes))

@@ -131,9 +131,10 @@ def measure(
         aside=aside or (lambda what, detail: None),
     )
     try:
-        run.aside("roofline of the device", "")
+        run.progress("roofline of the device", 0.0)  # apart, as it says nothing of how long the cases take
         notes = (*_notes(loaded, run.sensor), *refused)
         run.bench = replace(run.bench, roofline=_roofline(loaded, watch), notes=notes)
+        run.progress("roofline of the device", 1.0)
         with shelf:
             for number, case in enumerate(asked):
                 run.case(case, entries, number / len(asked), (number + 1) / len(asked))
