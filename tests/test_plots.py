@@ -371,7 +371,8 @@ def test_ticks_of_broken_numbers_are_round_and_few(low: float, length: float, mo
 def test_labels_of_a_colour_bar_keep_apart(low: float, length: float) -> None:
     high = low + length
     ticks = grids.bar_ticks(low, high)
-    assert ticks and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+    slack = 1e-9 * max(1.0, length)  # a billionth of a step, which is at most the length
+    assert ticks and all(low - slack <= tick <= high + slack for tick in ticks)
     widest = max(len(f"{tick:.12f}".rstrip("0").rstrip(".")) for tick in ticks)
     for one, two in itertools.pairwise(ticks):
         assert (two - one) / length * grids.BAR >= 6.2 * widest + 8

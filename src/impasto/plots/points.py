@@ -44,7 +44,8 @@ def bars(
 ) -> Chart:
     """A dot with its interval for every label, the largest on top; several series side by side in one row.
 
-    Panels are stacked: each has its own labels, and all share the x axis.
+    An interval that reaches beyond the axis ends in an arrow there. Panels are stacked: each has its own labels, and
+    all share the x axis.
     """
     key = Key.of(rows, canvas, series)
     shown, _, _ = key.shown(rows)
@@ -84,10 +85,18 @@ def bars(
             strokeWidth=2, opacity=0.55, clip=True
         )
         dots = alt.Chart(table(known)).mark_point(filled=True, size=58, opacity=1)
+        arrows = [
+            alt.Chart(table({**row, "end": end} for row in cut))
+            .mark_point(shape=shape, filled=True, size=44, opacity=0.55, xOffset=inwards)
+            .encode(x=renamed(x, "end"), y=y, color=colour, **offset)
+            for field, end, shape, inwards in (("low", low, "triangle-left", 4), ("high", high, "triangle-right", -4))
+            if (cut := [row for row in whole if not low <= (number(row, field) or 0.0) <= high])
+        ]
         return titled(
             alt.layer(
                 *_uprights(rules, cell, scale),
                 stems.encode(x=renamed(x, "low"), x2=alt.X2(field="high"), y=y, color=colour, **offset),
+                *arrows,
                 dots.encode(x=x, y=y, color=colour, shape=key.shape(rows), **offset),
                 *_undefined(mine, order, y),
             ),
