@@ -169,7 +169,10 @@ def test_a_bench_leaves_an_earlier_one_in_its_folder_alone(
     (kept,) = (folder / "earlier").iterdir()
     assert f"note: samples and figures of the bench that was here before are in {kept}" in errors.splitlines()
     assert (kept / "bench.json").read_text() == first and (kept / "figures" / "throughput.png").exists()
-    assert len(latency.load(folder / "bench.json").timings) == 4
+    found = latency.load(folder / "bench.json")
+    assert len(found.timings) == 4
+    single = replace(found, timings=(replace(found.timings[0], rounds=found.timings[0].rounds * 2),))
+    assert list(command.unfinished(single, [found.timings[0].case], 2)) == [f"{found.timings[0].case}: 0 of 2 rounds"]
     assert {path.stem for path in (folder / "figures").iterdir()} == {"tpot-ratio", "ttft-ratio", "other"}
 
 

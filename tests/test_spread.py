@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 import families
 import impasto.models as models
+from impasto.apply import applied
 from impasto.errors import NotationError, UnsupportedModel, UsageError
 from impasto.fast import fast
 from impasto.runtime import scheduled
@@ -302,6 +303,24 @@ def test_what_is_freed() -> None:
             pass
         with pytest.raises(UsageError, match=message), fast(model, context=24):
             pass
+
+
+def test_edits_and_halves_of_a_share() -> None:
+    """Only the halves that a process runs itself are looked for before weights are changed."""
+    model, ids, schedule = families.build("llama"), prompt(), "0 {1.attn 2.attn 3.attn 4.attn} 5"
+    edits = ["0.mlp.down_proj@0.5"]
+    with torch.no_grad(), applied(copy.deepcopy(model), schedule, edits) as whole:
+        expected = whole(input_ids=ids).logits
+
+    def work(team: Team) -> torch.Tensor:
+        own = copy.deepcopy(model)
+        keep(own, schedule, team)
+        with torch.no_grad(), applied(own, schedule, edits, team=team) as changed:
+            logits: torch.Tensor = changed(input_ids=ids).logits
+        return logits
+
+    for logits in together(2, work):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_teams_that_do_not_agree() -> None:

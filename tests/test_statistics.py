@@ -122,6 +122,8 @@ def test_a_difference_of_right_and_wrong_answers_is_at_most_one() -> None:
     few = statistics.paired_bootstrap([1, 1, 1, 0], [0, 0, 1, 1]), statistics.paired_bootstrap([0, 0, 0], [1, 0, 1])
     assert all(-1 <= one.low <= one.value <= one.high <= 1 for one in few)
     assert few[1].low == -1
+    every = Panel(full=[1, 1, 1, 1, 0], recipes=[[0] * 5, [1, 1, 0, 1, 0]])
+    assert statistics.simultaneous_differences(every)[0].low == -1
     assert statistics.paired_bootstrap([1, 2, 5], [0, 0, 0]).high > 5  # other scores have no such end
 
 

@@ -18,7 +18,7 @@ from impasto.models import LoadedModel
 from impasto.runtime import KV, Probe, scheduled
 from impasto.schedule import Schedule
 from impasto.surgery import Report, edited
-from impasto.teams import Team
+from impasto.teams import Team, own_steps
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def applied(
         body = anatomy(live)
         schedule = Schedule.parse(schedule, layers=body.depth) if isinstance(schedule, str) else schedule
         schedule.check(body.depth)
-        find_halves(live, body, schedule.steps)
+        find_halves(live, body, own_steps(body, schedule, team))
     with contextlib.ExitStack() as stack:
         if edits and isinstance(model, LoadedModel) and calibration is None:
             stack.enter_context(worn(model, edits))

@@ -36,7 +36,7 @@ from impasto.schedule import Schedule
 from impasto.stacks import Stacks
 from impasto.surgery import edited
 from impasto.taps import tapped
-from impasto.teams import Team, absent
+from impasto.teams import Team, absent, own_steps
 
 SMALLEST_BUCKET = 256  # columns
 LEAST = 4  # columns: a prompt and three tokens are compared with the plain runtime
@@ -154,7 +154,7 @@ def fast(
             schedule = Schedule.parse(schedule, layers=body.depth)
         schedule.check(body.depth)
         if edits:
-            find_halves(live, body, schedule.steps)
+            find_halves(live, body, own_steps(body, schedule, team))
             stack.enter_context(edited(live, edits, form="factored", calibration=calibration))
         if buckets is None:
             buckets = [context] if compile != "off" else _doubling(SMALLEST_BUCKET, context)
@@ -387,7 +387,9 @@ class Decoder:
         stacks, report = self.stacks, self.report
         # Some models look at values where they are given no mask, so a mask is tried before giving up.
         for attempt in (False, True) if not program.padded else (True,):
-            program.padded, self.stacks, self.report = attempt, stacks, report
+            program.padded, self.stacks = attempt, stacks
+            self.report = replace(report, seconds=self.report.seconds)
+            self._pieces.clear()
             try:
                 self._prepare(prompts, compile, options)
                 break

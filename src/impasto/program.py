@@ -164,7 +164,10 @@ class Program:
         """Make sure that the model plays the schedule: behind its block it would run, and answer, as it is."""
         handler, _ = self.body.layers[0].__dict__.get("_impasto_tap", (None, 0))
         if handler is not self.player:
-            raise UsageError("this decoder's `with` block has ended: what it has not recorded can run inside only")
+            raise UsageError(
+                "this decoder's `with` block has ended, or another one has begun inside: what it has not recorded "
+                "runs only where its model plays its schedule"
+            )
 
     def finish(self, asked: dict[str, Any]) -> None:
         """Call the model, and choose."""

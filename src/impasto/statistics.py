@@ -135,9 +135,14 @@ def differences(panel: Panel, *, n: int = RESAMPLES, seed: int = 0) -> list[Esti
     documents are right or wrong, no interval reaches further than one.
     """
     values, resampled = _difference_resamples(panel, n, seed)
-    scores = np.append(panel.rows, panel.baseline)
-    most = 1.0 if _is_binary(scores[np.isfinite(scores)]) else math.inf
+    most = _most(panel)
     return [_estimate(value, column) for value, column in zip(values, resampled.clip(-most, most).T, strict=True)]
+
+
+def _most(panel: Panel) -> float:
+    """How large a difference can be: one, where documents are right or wrong."""
+    scores = np.append(panel.rows, panel.baseline)
+    return 1.0 if _is_binary(scores[np.isfinite(scores)]) else math.inf
 
 
 def simultaneous_differences(panel: Panel, *, n: int = 4_000, seed: int = 0) -> list[Estimate]:
@@ -152,9 +157,9 @@ def simultaneous_differences(panel: Panel, *, n: int = 4_000, seed: int = 0) -> 
     if not varies.any():
         return [_estimate(value, column) for value, column in zip(values, resampled.T, strict=True)]
     largest = np.abs((resampled[:, varies] - values[varies]) / errors[varies]).max(axis=1)
-    factor = float(np.quantile(largest, LEVEL))
+    factor, most = float(np.quantile(largest, LEVEL)), _most(panel)
     return [
-        Estimate(float(value), float(value - factor * error), float(value + factor * error))
+        Estimate(float(value), float(max(value - factor * error, -most)), float(min(value + factor * error, most)))
         if np.isfinite(error)
         else Estimate(float(value))
         for value, error in zip(values, errors, strict=True)

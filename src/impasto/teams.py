@@ -18,6 +18,7 @@ from impasto.anatomy import Anatomy
 from impasto.errors import UsageError
 from impasto.schedule import Schedule
 from impasto.shares import Plan, Share, by_size, plan
+from impasto.steps import Step
 
 _EXACT = 12  # hexadecimal digits of a fingerprint that a float64 holds exactly
 _FUNCTIONAL = torch.ops._c10d_functional  # sums that a graph can hold: they change nothing in place
@@ -136,6 +137,11 @@ def absent(layer: nn.Module) -> bool:
 def planned(body: Anatomy, schedule: Schedule, size: int) -> Plan:
     """The plan for a model's own layers, by the number of their weights."""
     return plan(schedule, size, by_size([body.parameters(layer) for layer in range(body.depth)]))
+
+
+def own_steps(body: Anatomy, schedule: Schedule, team: Team | None) -> tuple[Step, ...]:
+    """The steps of a schedule that this process plays: all of them, or its part among those of a team."""
+    return schedule.steps if team is None else planned(body, schedule, team.size).steps[team.rank]
 
 
 def mark_split(layer: nn.Module) -> None:

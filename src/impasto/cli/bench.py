@@ -20,7 +20,7 @@ from impasto.cli import options
 from impasto.cli.evaluate import compared, letters, print_schedules
 from impasto.cli.loading import Loading, check_texts, recorded, run_folder
 from impasto.console import Column
-from impasto.errors import ImpastoError, UsageError
+from impasto.errors import ImpastoError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from impasto.result import Estimate, Figure
@@ -147,8 +147,8 @@ def bench(
                     aside=lambda what, detail: progress.aside(what, detail, 0, 0),
                 )
                 if found.timings:
-                    set_aside(folder)
                     latency.keep(found, store)
+                    set_aside(folder)
                     latency.save(found, folder / FILE)
                 if not found.complete:
                     raise KeyboardInterrupt  # to be noted in the store; told at the end
@@ -170,24 +170,31 @@ def set_aside(folder: Path) -> None:
     """Move the samples and figures of an earlier bench in this run folder to a folder of their own."""
     if not (folder / FILE).exists():
         return
-    written = datetime.fromtimestamp((folder / FILE).stat().st_mtime, UTC)
-    target = folder / "earlier" / f"{written:%Y-%m-%dT%H-%M-%S.%f}"
-    (target / FIGURES).mkdir(parents=True, exist_ok=True)
-    for path in (folder / FIGURES).glob("*"):
-        if path.stem in DRAWN:
-            path.rename(target / FIGURES / path.name)
-    (folder / FILE).rename(target / FILE)
+    try:
+        written = datetime.fromtimestamp((folder / FILE).stat().st_mtime, UTC)
+        target = folder / "earlier" / f"{written:%Y-%m-%dT%H-%M-%S.%f}"
+        (target / FIGURES).mkdir(parents=True, exist_ok=True)
+        (folder / FILE).rename(target / FILE)
+        for path in (folder / FIGURES).glob("*"):
+            if path.stem in DRAWN:
+                path.rename(target / FIGURES / path.name)
+    except OSError as error:
+        raise StoreError(
+            f"cannot move the bench that was in {folder} before ({error.strerror}): what was measured now is in its "
+            "store, and not in its bench.json"
+        ) from error
     console.note(f"samples and figures of the bench that was here before are in {target}")
 
 
 def unfinished(bench: Bench, asked: Sequence[Case], rounds: int) -> Iterator[str]:
     """What a bench that was stopped did not measure, or not as often as was asked."""
     for case in () if bench.complete else asked:
-        made = [len(timing.rounds) for timing in bench.of(case) if not timing.problem]
-        if not bench.of(case):
+        made = [rounds if timing.problem else len(timing.rounds) for timing in bench.of(case)]
+        least = min(made) if len(made) >= len(bench.recipes) else 0  # some were not even begun
+        if not made:
             yield f"{case}: not measured"
-        elif made and min(made) < rounds:
-            yield f"{case}: {min(made)} of {rounds} rounds"
+        elif least < rounds:
+            yield f"{case}: {least} of {rounds} rounds"
 
 
 def numbers(option: str, text: str) -> list[int]:

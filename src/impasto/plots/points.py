@@ -89,8 +89,11 @@ def bars(
             alt.Chart(table({**row, "end": end} for row in cut))
             .mark_point(shape=shape, filled=True, size=44, opacity=0.55, xOffset=inwards)
             .encode(x=renamed(x, "end"), y=y, color=colour, **offset)
-            for field, end, shape, inwards in (("low", low, "triangle-left", 4), ("high", high, "triangle-right", -4))
-            if (cut := [row for row in whole if not low <= (number(row, field) or 0.0) <= high])
+            for field, end, side, shape, inwards in (
+                ("low", low, -1, "triangle-left", 4),
+                ("high", high, 1, "triangle-right", -4),
+            )
+            if (cut := [row for row in whole if (number(row, field) or 0.0) * side > end * side])
         ]
         return titled(
             alt.layer(
