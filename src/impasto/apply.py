@@ -57,8 +57,7 @@ def applied(
     edits = list(edits)
     if schedule is not None and edits:
         body = anatomy(live)
-        schedule = Schedule.parse(schedule, layers=body.depth) if isinstance(schedule, str) else schedule
-        schedule.check(body.depth)
+        schedule = Schedule.fitting(schedule, body.depth)
         find_halves(live, body, own_steps(body, schedule, team))
     with contextlib.ExitStack() as stack:
         if edits and isinstance(model, LoadedModel) and calibration is None:

@@ -35,7 +35,7 @@ from impasto.runtime import Player
 from impasto.schedule import Schedule
 from impasto.stacks import Stacks
 from impasto.surgery import edited
-from impasto.taps import tapped
+from impasto.taps import handler_of, tapped
 from impasto.teams import Team, absent, own_steps
 
 SMALLEST_BUCKET = 256  # columns
@@ -148,11 +148,7 @@ def fast(
     with contextlib.ExitStack() as stack:
         stack.enter_context(quietly(live))
         body = _supported(live)
-        if schedule is None:
-            schedule = Schedule.identity(body.depth)
-        elif isinstance(schedule, str):
-            schedule = Schedule.parse(schedule, layers=body.depth)
-        schedule.check(body.depth)
+        schedule = Schedule.identity(body.depth) if schedule is None else Schedule.fitting(schedule, body.depth)
         if edits:
             find_halves(live, body, own_steps(body, schedule, team))
             stack.enter_context(edited(live, edits, form="factored", calibration=calibration))
@@ -219,7 +215,7 @@ def _supported(model: nn.Module) -> Anatomy:
         raise UnsupportedModel(f"{name} does not write text: it is no causal language model with a KV cache")
     if body.stateful:
         raise UnsupportedModel(f"layers of {name} keep more than keys and values; static slots hold nothing else")
-    if any("_impasto_tap" in layer.__dict__ for layer in body.layers):
+    if any(map(handler_of, body.layers)):
         raise UsageError("this model already runs under a schedule: leave that `with` block first")
     elsewhere = {p for layer in body.layers if absent(layer) for p in layer.parameters()}  # in other processes
     if len({p.device for p in model.parameters() if p not in elsewhere}) > 1:

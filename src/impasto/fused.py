@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from impasto.anatomy import Anatomy, probe_inputs, quietly
 from impasto.errors import UnsupportedModel
 from impasto.linear import product
-from impasto.taps import Context, hidden_of, real_call, tapped
+from impasto.taps import Context, handler_of, hidden_of, real_call, tapped
 
 Part = Literal["q", "k", "v"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -93,7 +93,7 @@ def unscheduled(
 
     owner = body.owner(model)
     hooks = {name: getattr(owner, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
-    scheduled = any("_impasto_tap" in vars(layer) for layer in body.layers)
+    scheduled = any(map(handler_of, body.layers))
     try:
         for name in hooks if scheduled else ():  # the schedule's own, which would miss its taps
             setattr(owner, name, OrderedDict())

@@ -21,7 +21,7 @@ from impasto.runtime import Player
 from impasto.schedule import Call, Group, Schedule
 from impasto.slots import MeanSlot, SlotView
 from impasto.static import Clock, StaticSlots
-from impasto.taps import hidden_of, real_call
+from impasto.taps import handler_of, hidden_of, real_call
 from impasto.teams import Team
 
 
@@ -162,8 +162,7 @@ class Program:
 
     def _require(self) -> None:
         """Make sure that the model plays the schedule: behind its block it would run, and answer, as it is."""
-        handler, _ = self.body.layers[0].__dict__.get("_impasto_tap", (None, 0))
-        if handler is not self.player:
+        if handler_of(self.body.layers[0]) is not self.player:
             raise UsageError(
                 "this decoder's `with` block has ended, or another one has begun inside: what it has not recorded "
                 "runs only where its model plays its schedule"

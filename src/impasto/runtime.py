@@ -25,7 +25,7 @@ from impasto.schedule import Schedule
 from impasto.shares import Share
 from impasto.slots import MeanSlot, SlotView, count, lay_out
 from impasto.steps import Call, Group, Step, leaves
-from impasto.taps import Context, hidden_of, real_call, same, tapped
+from impasto.taps import Context, handler_of, hidden_of, real_call, same, tapped
 from impasto.teams import Team, assigned, check_present, partial
 
 KV = Literal["exact", "mean"]
@@ -83,11 +83,9 @@ def scheduled(
             other processes, or the processes of the team do not play the same.
     """
     body = anatomy(model)
-    if isinstance(schedule, str):
-        schedule = Schedule.parse(schedule, layers=body.depth)
-    schedule.check(body.depth)
+    schedule = Schedule.fitting(schedule, body.depth)
     player = Player(model, body, schedule, kv, probe, team)
-    if any("_impasto_tap" in layer.__dict__ for layer in body.layers):
+    if any(map(handler_of, body.layers)):
         raise UsageError("this model already runs under a schedule: leave that `with` block first")
     with _generation_settings(model), _whole_passes(model, body, player), tapped(body.layers, player):
         yield model

@@ -79,6 +79,18 @@ class Schedule:
         """The untouched order of a model with so many layers."""
         return cls(calls(range(layers)))
 
+    @classmethod
+    def fitting(cls, schedule: Schedule | str, layers: int) -> Schedule:
+        """A schedule, given as it is or as its text, that a model with so many layers can run.
+
+        Raises:
+            NotationError: the text is no schedule, or a layer does not exist.
+        """
+        if isinstance(schedule, str):
+            return cls.parse(schedule, layers=layers)
+        schedule.check(layers)
+        return schedule
+
     @property
     def layers_used(self) -> frozenset[int]:
         """The layers that are called at least once, whole or in part."""

@@ -47,7 +47,7 @@ def keep(model: nn.Module, schedule: Schedule | str, team: Team) -> int:
         UnsupportedModel: the model's layers cannot be scheduled, or a block cannot be halved.
     """
     body = anatomy(model)
-    return _free(model, body, _needed(model, body, _fitting(schedule, body.depth), team))
+    return _free(model, body, _needed(model, body, Schedule.fitting(schedule, body.depth), team))
 
 
 def split(model: nn.Module, schedule: Schedule | str, team: Team) -> int:
@@ -68,7 +68,7 @@ def split(model: nn.Module, schedule: Schedule | str, team: Team) -> int:
             divide by the number of processes.
     """
     body = anatomy(model)
-    schedule = _fitting(schedule, body.depth)
+    schedule = Schedule.fitting(schedule, body.depth)
     _needed(model, body, schedule, team)
     if any(map(is_split, body.layers)):
         raise UsageError("the layers of this model are split already: load it again to split others")
@@ -113,7 +113,7 @@ def load_share(ref: str | Path, schedule: Schedule | str, team: Processes, **opt
     if given := sorted(set(options) & set(_PLACING)):
         raise UsageError(f"{given[0]} says where weights go, and so does the schedule of a team: leave it out")
     path, sizes, outside = _skeleton(ref, {name: options[name] for name in _WHICH if name in options})
-    schedule = _fitting(schedule, len(sizes))
+    schedule = Schedule.fitting(schedule, len(sizes))
     own = plan(schedule, team.size, by_size(sizes)).layers(team.rank)
     here: str | int = "cpu" if team.device.type == "cpu" else team.device.index
     places: dict[str, str | int] = dict.fromkeys(outside, here)
@@ -125,14 +125,6 @@ def load_share(ref: str | Path, schedule: Schedule | str, team: Processes, **opt
         remove_hook_from_submodules(loaded.model)
     _free(loaded.model, body, needed)
     return loaded
-
-
-def _fitting(schedule: Schedule | str, depth: int) -> Schedule:
-    """A schedule for a model with so many layers."""
-    if isinstance(schedule, str):
-        return Schedule.parse(schedule, layers=depth)
-    schedule.check(depth)
-    return schedule
 
 
 def _needed(model: nn.Module, body: Anatomy, schedule: Schedule, team: Team) -> frozenset[int]:

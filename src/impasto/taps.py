@@ -106,6 +106,12 @@ def _tapped_class(base: type[nn.Module]) -> type[nn.Module]:
     )
 
 
+def handler_of(module: nn.Module) -> Handler | None:
+    """What calls of a module are sent to now; None where it is not tapped."""
+    tap: tuple[Handler, int] | None = module.__dict__.get("_impasto_tap")
+    return tap and tap[0]
+
+
 @contextlib.contextmanager
 def tapped(modules: Sequence[nn.Module], handler: Handler) -> Iterator[None]:
     """Send every call of `modules[i]` to `handler(i, args, kwargs)` for the length of a `with` block.
